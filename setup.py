@@ -1,4 +1,5 @@
 """Packaging: everything comes from settings.ini, and the data sets travel inside the wheel."""
+
 from collections import defaultdict
 from configparser import ConfigParser
 from pathlib import Path
@@ -29,10 +30,10 @@ def extras(settings: dict[str, str]) -> dict[str, list[str]]:
 
 
 def data_files() -> list[tuple[str, list[str]]]:
-    """Every file under data/, by the folder that it is installed in below the environment."""
+    """Every file under data/ but scripts, by the folder that it is installed in."""
     folders = defaultdict(list)
     for path in sorted((ROOT / "data").rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc":
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
             relative = path.relative_to(ROOT)
             folders[f"share/vlm_course/{relative.parent.as_posix()}"].append(relative.as_posix())
     return list(folders.items())
