@@ -371,9 +371,9 @@ def test_a_wrong_data_folder_is_named(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def emoji() -> ImageSet:
-    start = time.perf_counter()
+    start = time.process_time()
     data = load("emoji", size=32, split="all")
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     return data
 
 

@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'classification_loss', 'parameter_groups', 'count_parame
            'write_tensors', 'read_tensors', 'save_weights', 'load_weights', 'Checkpoint', 'write_checkpoint',
            'load_checkpoint', 'make_accelerator', 'fit', 'plot_history']
 
-# %% ../../nbs/foundations/02_training.ipynb #44a04fb2
+# %% ../../nbs/foundations/02_training.ipynb #8bc42efb
 import copy
 import json
 import math
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from .images import PALETTE, Batches, default_device
 
-# %% ../../nbs/foundations/02_training.ipynb #dc92edbc
+# %% ../../nbs/foundations/02_training.ipynb #6d6c1a34
 def classification_loss(
     model: nn.Module,  # images -> logits (B, K)
     images: Tensor,  # (B, C, H, W) float
@@ -45,7 +45,7 @@ def classification_loss(
     accuracy = (logits.detach().argmax(1) == labels).float().mean()
     return F.cross_entropy(logits, labels), {"accuracy": accuracy}
 
-# %% ../../nbs/foundations/02_training.ipynb #26344450
+# %% ../../nbs/foundations/02_training.ipynb #8840c757
 def parameter_groups(
     model: nn.Module,
     weight_decay: float,  # for matrices and kernels; vectors (biases, normalisation) get none
@@ -61,7 +61,7 @@ def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:
     "The number of parameters; with `trainable`, of those that get a gradient."
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
-# %% ../../nbs/foundations/02_training.ipynb #d28b9e1c
+# %% ../../nbs/foundations/02_training.ipynb #53a2e5b9
 def cosine_schedule(
     step: int,  # steps done so far, 0 .. steps
     *,
@@ -81,7 +81,7 @@ def constant_schedule(step: int, *, steps: int, warmup: int) -> float:
 
 SCHEDULES = {"cosine": cosine_schedule, "constant": constant_schedule}
 
-# %% ../../nbs/foundations/02_training.ipynb #e874f050
+# %% ../../nbs/foundations/02_training.ipynb #b0500d7a
 @contextmanager
 def evaluation_mode(
     model: nn.Module,
@@ -111,7 +111,7 @@ def _outputs(model: nn.Module, batches: Batches, precision: str) -> Iterator[tup
                     outputs = model(images.to(device))
                 yield outputs.float(), labels.to(device)
 
-# %% ../../nbs/foundations/02_training.ipynb #8971e679
+# %% ../../nbs/foundations/02_training.ipynb #7afe73b9
 def predict(
     model: nn.Module,
     batches: Batches,  # whether they shuffle makes no difference here
@@ -147,7 +147,7 @@ def accuracy(
         torch.distributed.all_reduce(hits)
     return float(hits[0] / hits[1])
 
-# %% ../../nbs/foundations/02_training.ipynb #4ebec1b2
+# %% ../../nbs/foundations/02_training.ipynb #c27c75d0
 @dataclass
 class History:
     "What a run recorded, one number a step."
@@ -168,7 +168,7 @@ class History:
         return [(totals[i] - totals[max(0, i - window)]) / min(i, window)
                 for i in range(1, len(totals))]
 
-# %% ../../nbs/foundations/02_training.ipynb #09c358b9
+# %% ../../nbs/foundations/02_training.ipynb #db04c477
 class Callback:
     "Something done beside the loop; override what is needed. `run` is the `Run` in progress."
 
@@ -188,7 +188,7 @@ class Callback:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         "Take back what `state_dict` gave."
 
-# %% ../../nbs/foundations/02_training.ipynb #8721aab4
+# %% ../../nbs/foundations/02_training.ipynb #d4bab9fb
 @dataclass
 class Run:
     "A training run in progress: what a callback may read and change."
@@ -228,7 +228,7 @@ class Run:
             for name, value in zip(names, values, strict=True):
                 self.history.metrics.setdefault(name, []).append(value)
 
-# %% ../../nbs/foundations/02_training.ipynb #c6db7c59
+# %% ../../nbs/foundations/02_training.ipynb #b4a7a7e1
 def _check_finite(loss: float, step: int, steps: int) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(f"loss is {loss} at step {step} of {steps}; checkpoints before "
@@ -255,7 +255,7 @@ class Objective(nn.Module):
         return value.reshape(()), {name: torch.as_tensor(metric, device=value.device).detach()
                                    .float() for name, metric in metrics.items()}
 
-# %% ../../nbs/foundations/02_training.ipynb #48166a21
+# %% ../../nbs/foundations/02_training.ipynb #58fbb97e
 def train_step(
     run: Run,
     batch: tuple[Tensor, ...],  # on the model's device
@@ -281,7 +281,7 @@ def train_step(
             work.wait()
     run.pending.append((run.step + 1, rates[0], value.detach().float(), metrics))
 
-# %% ../../nbs/foundations/02_training.ipynb #0a55cf75
+# %% ../../nbs/foundations/02_training.ipynb #22ad36ee
 def autocast_dtype(
     device: torch.device,  # where the model runs
 ) -> torch.dtype | None:
@@ -312,7 +312,7 @@ def autocast(
     dtype = {"auto": autocast_dtype(device), "bf16": torch.bfloat16, "fp32": None}[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
-# %% ../../nbs/foundations/02_training.ipynb #f128c8f7
+# %% ../../nbs/foundations/02_training.ipynb #cdd04401
 def model_on_device(
     model: nn.Module,  # moved in place
     device: torch.device,
@@ -338,7 +338,7 @@ def align_optimizer(
                 if torch.is_tensor(value) and value.shape == p.shape:
                     optimizer.state[p][name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
-# %% ../../nbs/foundations/02_training.ipynb #f1c02494
+# %% ../../nbs/foundations/02_training.ipynb #6bc4de2b
 class Evaluate(Callback):
     "Records `function(model)` every so many steps and at the end, in `history.evaluations[name]`."
 
@@ -360,7 +360,7 @@ class Evaluate(Callback):
                 value = float(self.function(run.model))
             run.history.evaluations.setdefault(self.name, []).append((run.step, value))
 
-# %% ../../nbs/foundations/02_training.ipynb #f2063081
+# %% ../../nbs/foundations/02_training.ipynb #4c1dd4b5
 class Progress(Callback):
     "A plain-text progress bar on stderr, for runs of over a second, from the main process only."
 
@@ -383,7 +383,7 @@ class Progress(Callback):
         "Close it."
         self.bar.close()
 
-# %% ../../nbs/foundations/02_training.ipynb #fb48d49d
+# %% ../../nbs/foundations/02_training.ipynb #9677483c
 class EMA(Callback):
     """Exponential moving average of weights and buffers, kept in `self.model` for evaluation.
 
@@ -416,9 +416,9 @@ class EMA(Callback):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         "Take the averages back."
-        _fill(self.model, state, "EMA")
+        self.model.load_state_dict(_match(self.model, state, "EMA"))
 
-# %% ../../nbs/foundations/02_training.ipynb #79b59e0b
+# %% ../../nbs/foundations/02_training.ipynb #3436d1ed
 def unwrap(model: nn.Module) -> nn.Module:
     "The module inside the wrappers of `torch.compile` and DistributedDataParallel."
     while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
@@ -431,8 +431,8 @@ def _plain(key: str) -> str:
     return re.sub(r"(^|\.)(_orig_mod\.)+", r"\1", key)
 
 
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> nn.Module:
-    "The model with these weights; `ValueError` naming `source` and the keys that do not fit."
+def _match(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> dict:
+    "The tensors by the model's own names; `ValueError` naming `source` and the keys that differ."
     target = unwrap(model).state_dict()
     names = {_plain(k): k for k in target}
     given = {_plain(k): v for k, v in tensors.items()}
@@ -447,10 +447,9 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -
         raise ValueError(f"weights {str(source)!r} are of another model: missing {missing[:4]} "
                          f"({len(missing)}), unexpected {extra[:4]} ({len(extra)}), "
                          f"other shapes {shapes[:4]} ({len(shapes)})")
-    unwrap(model).load_state_dict({names[k]: v for k, v in given.items()})
-    return model
+    return {names[k]: v for k, v in given.items()}
 
-# %% ../../nbs/foundations/02_training.ipynb #07dac319
+# %% ../../nbs/foundations/02_training.ipynb #4685c36b
 def write_tensors(
     tensors: Mapping[str, Tensor],
     path: str | Path,  # ends in .safetensors
@@ -480,7 +479,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
         value = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), value)
     return str(value)
 
-# %% ../../nbs/foundations/02_training.ipynb #0034e146
+# %% ../../nbs/foundations/02_training.ipynb #1d82a02b
 def read_tensors(
     path: str | Path,  # a .safetensors file
 ) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors on the CPU, metadata
@@ -506,7 +505,7 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "The tensors whose names start with `prefix`, without it."
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-# %% ../../nbs/foundations/02_training.ipynb #8b6fbd76
+# %% ../../nbs/foundations/02_training.ipynb #f19f92ca
 def save_weights(
     model: nn.Module,
     path: str | Path,  # ends in .safetensors
@@ -522,7 +521,14 @@ def load_weights(
     "The model with the file's weights; `ValueError` naming file and keys if they do not fit."
     if Path(path).suffix == ".safetensors":
         tensors, metadata = read_tensors(path)
-        return _fill(model, _below("model.", tensors) if "run" in metadata else tensors, path)
+        tensors = _below("model.", tensors) if "run" in metadata else tensors
+    else:
+        tensors = _read_torch(path)
+    unwrap(model).load_state_dict(_match(model, tensors, path))
+    return model
+
+
+def _read_torch(path: str | Path) -> Mapping[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -530,9 +536,9 @@ def load_weights(
                          f"run: {error}") from error
     if not isinstance(tensors, Mapping) or not all(map(torch.is_tensor, tensors.values())):
         raise ValueError(f"{str(path)!r} holds no state_dict (names and tensors)")
-    return _fill(model, tensors, path)
+    return tensors
 
-# %% ../../nbs/foundations/02_training.ipynb #96cf5d65
+# %% ../../nbs/foundations/02_training.ipynb #65ca6040
 class Checkpoint(Callback):
     """Writes `folder/step-00000500.safetensors` every so many steps and at the end.
 
@@ -570,7 +576,7 @@ class Checkpoint(Callback):
                 for old in {*files, *self.folder.glob("step-*.partial")} - {*stay}:
                     old.unlink(missing_ok=True)
 
-# %% ../../nbs/foundations/02_training.ipynb #703c0e2e
+# %% ../../nbs/foundations/02_training.ipynb #a50c2869
 def _check_weights(run: Run) -> None:
     "A finite loss can have a gradient that is not: such weights are never written."
     for name, p in run.model.named_parameters():
@@ -589,7 +595,7 @@ def write_checkpoint(
         write_tensors(tensors, path, metadata={"run": json.dumps(metadata)})
     run.accelerator.wait_for_everyone()
 
-# %% ../../nbs/foundations/02_training.ipynb #5f28d1e4
+# %% ../../nbs/foundations/02_training.ipynb #0b1a9407
 def _run_state(run: Run) -> tuple[dict[str, Tensor], dict]:
     "A run as tensors, and what JSON can hold."
     from accelerate.utils import gather_object
@@ -622,7 +628,7 @@ def _identity(run: Run) -> dict:
     return {"optimizer": type(inner).__name__, "batch_size": run.batches.batch_size,
             "images": len(run.batches.data)}
 
-# %% ../../nbs/foundations/02_training.ipynb #4fe0a68a
+# %% ../../nbs/foundations/02_training.ipynb #e7b3ae08
 def _parameter_names(run: Run) -> list[str]:
     "Names of the optimised parameters, in the optimiser's order."
     names = {id(p): _plain(name) for name, p in unwrap(run.model).named_parameters()}
@@ -659,7 +665,7 @@ def _set_random_state(device: torch.device, states: dict[str, Tensor], other: di
     kind, keys, *rest = other["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
 
-# %% ../../nbs/foundations/02_training.ipynb #9dc9ad72
+# %% ../../nbs/foundations/02_training.ipynb #6f9adeca
 def load_checkpoint(
     run: Run,  # changed in place
     path: str | Path,  # a file that `Checkpoint` wrote
@@ -670,8 +676,9 @@ def load_checkpoint(
         raise ValueError(f"{str(path)!r} holds weights only, no run to resume: use load_weights")
     state = json.loads(metadata["run"])
     _check_fits(run, state, path)
+    weights = _match(run.model, _below("model.", tensors), path)
     optimizer = _optimizer_state(run, _below("optimizer.", tensors), path)
-    _fill(run.model, _below("model.", tensors), path)
+    unwrap(run.model).load_state_dict(weights)
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": optimizer})
     align_optimizer(run.optimizer)
     for label, callback in _labelled(run.callbacks):
@@ -692,7 +699,7 @@ def load_checkpoint(
         _set_random_state(run.accelerator.device, _below(f"random.{rank}.", tensors),
                           state["random"][rank])
 
-# %% ../../nbs/foundations/02_training.ipynb #e29ba9e8
+# %% ../../nbs/foundations/02_training.ipynb #7dc91245
 def _check_fits(run: Run, state: dict, path: str | Path) -> None:
     wrong = {k: (state["fits"][k], v) for k, v in _identity(run).items() if state["fits"][k] != v}
     if wrong:
@@ -718,7 +725,7 @@ def _optimizer_state(run: Run, tensors: Mapping[str, Tensor], path: str | Path) 
         state.setdefault(number[name], {})[what] = value
     return state
 
-# %% ../../nbs/foundations/02_training.ipynb #f5a85d16
+# %% ../../nbs/foundations/02_training.ipynb #d41ae303
 def _resume(run: Run, resume: bool | str | Path) -> None:
     "Go on from a file, from the newest checkpoint, or from nothing; refuse to overwrite a run."
     if isinstance(resume, str | Path):
@@ -741,7 +748,7 @@ def _resume(run: Run, resume: bool | str | Path) -> None:
             if len(files) > 1 else ""
         raise ValueError(f"{error}{before}") from error
 
-# %% ../../nbs/foundations/02_training.ipynb #384c2e30
+# %% ../../nbs/foundations/02_training.ipynb #fa50e200
 def make_accelerator():  # an accelerate.Accelerator
     "One process or many, on the device that accelerate finds; precision is the loop's own matter."
     from accelerate import Accelerator
@@ -770,7 +777,7 @@ def _share(batches: Batches, accelerator) -> Batches:
     share.data = share.data.to(accelerator.device)
     return share
 
-# %% ../../nbs/foundations/02_training.ipynb #0d621e0c
+# %% ../../nbs/foundations/02_training.ipynb #04235264
 def _length(batches: Batches, steps, epochs, warmup) -> tuple[int, int]:
     "Steps of the run, and of its warm-up."
     if (steps is None) == (epochs is None):
@@ -801,7 +808,7 @@ def _check(optimizer, lr, weight_decay, schedule, precision, clip, log_every) ->
         raise ValueError(f"log_every must be at least 1; got {log_every}")
     autocast(torch.device("cpu"), precision)
 
-# %% ../../nbs/foundations/02_training.ipynb #8fc9eee6
+# %% ../../nbs/foundations/02_training.ipynb #5873851f
 def _start(model, batches, loss, optimizer, *, steps, callbacks, channels_last, seed) -> Run:
     "Model, optimiser and batches brought to this process's device."
     from accelerate.utils import set_seed
@@ -820,7 +827,7 @@ def _start(model, batches, loss, optimizer, *, steps, callbacks, channels_last, 
     return Run(model, objective, optimizer, _share(batches, accelerator), steps, accelerator,
                callbacks)
 
-# %% ../../nbs/foundations/02_training.ipynb #c1a8879c
+# %% ../../nbs/foundations/02_training.ipynb #2f624f64
 def _adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, fused=True)
 
@@ -857,7 +864,7 @@ def _tidy(optimizer: torch.optim.Optimizer, peaks: list[float]) -> None:
     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
         group["lr"] = peak
 
-# %% ../../nbs/foundations/02_training.ipynb #35d532dd
+# %% ../../nbs/foundations/02_training.ipynb #3102b45d
 def fit(
     model: nn.Module,  # trained in place; moved to the accelerator's device
     batches: Batches,  # of `ImageSet.batches`; the batch size is global
@@ -893,7 +900,7 @@ def fit(
     return _loop(run, partial(factor, steps=steps, warmup=warmup),
                  partial(train_step, precision=precision, clip=clip), resume, log_every)
 
-# %% ../../nbs/foundations/02_training.ipynb #3974425a
+# %% ../../nbs/foundations/02_training.ipynb #83ce76ad
 def plot_history(
     history: History,
     *,

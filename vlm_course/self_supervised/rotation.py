@@ -6,7 +6,7 @@
 __all__ = ['rotations', 'rotation_loss', 'rotation_probabilities', 'rotation_accuracy', 'pool_maps', 'layer_features',
            'ridge_classifier', 'linear_probe', 'nearest_neighbours']
 
-# %% ../../nbs/self_supervised/01_rotation.ipynb #f7657e24
+# %% ../../nbs/self_supervised/01_rotation.ipynb #5644373d
 from collections.abc import Iterable
 
 import torch
@@ -18,11 +18,11 @@ from ..foundations.images import check_images
 from ..foundations.networks import evaluating
 from ..foundations.training import autocast
 
-# %% ../../nbs/self_supervised/01_rotation.ipynb #8d33b4e6
+# %% ../../nbs/self_supervised/01_rotation.ipynb #bb693166
 def rotations(
     images: Tensor,  # (B, C, n, n) float, square
 ) -> tuple[Tensor, Tensor]:  # views (4B, C, n, n), and turns (4B,) int64 in 0..3
-    """All four rotations of each image: view `k * B + i` is image `i` turned `k` times by 90 degrees
+    """All four rotations of each image: view `k * B + i` is image `i` after `k` quarter turns
     anticlockwise, and its label is `k` (Gidaris et al., 2018).
 
     Raises `ValueError` for images that are not float (B, C, n, n) with B > 0, not square, or, on
@@ -41,13 +41,13 @@ def rotations(
     views = torch.cat([torch.rot90(images, k, (2, 3)) for k in range(4)])  # (4B, C, n, n)
     return views, torch.arange(4, device=images.device).repeat_interleave(count)
 
-# %% ../../nbs/self_supervised/01_rotation.ipynb #4fe65d86
+# %% ../../nbs/self_supervised/01_rotation.ipynb #84e164ba
 def rotation_loss(
     model: nn.Module,  # views -> logits (4B, 4)
     images: Tensor,  # (B, C, n, n) float
     labels: Tensor | None = None,  # the images' own labels, not used: the turns are the labels
 ) -> tuple[Tensor, dict[str, Tensor]]:  # mean cross-entropy in nats, and the batch's accuracy
-    """Mean cross-entropy over all four rotations of each image; log 4 for a model that knows nothing.
+    """Mean cross-entropy over all four rotations of each image; log 4 if the model knows nothing.
 
     Use it as `fit(model, batches, rotation_loss, ...)` (Gidaris et al., 2018, equation 3).
     """
@@ -59,7 +59,7 @@ def rotation_loss(
     accuracy = (logits.detach().argmax(1) == turns).float().mean()
     return F.cross_entropy(logits, turns), {"rotation_accuracy": accuracy}
 
-
+# %% ../../nbs/self_supervised/01_rotation.ipynb #17bf00c0
 @torch.no_grad()
 def rotation_probabilities(
     model: nn.Module,  # views -> logits (4B, 4)
@@ -87,12 +87,12 @@ def rotation_accuracy(
     believed = rotation_probabilities(model, batches, precision=precision).argmax(2)  # (N, 4)
     return (believed == torch.arange(4)).double().mean().item()
 
-# %% ../../nbs/self_supervised/01_rotation.ipynb #3428face
+# %% ../../nbs/self_supervised/01_rotation.ipynb #271c615b
 def pool_maps(
     maps: Tensor,  # a layer's output: (B, C, H, W), tokens (B, L, D), or vectors (B, D)
     pool: int = 2,  # cells of the grid a side
 ) -> Tensor:  # (B, D) float32
-    "One vector an image: maps averaged over `pool` x `pool` cells, tokens averaged over all places."
+    "One vector an image: maps averaged over `pool` x `pool` cells, tokens over all places."
     if maps.ndim == 4:
         grid = min(pool, maps.shape[2]), min(pool, maps.shape[3])
         return F.adaptive_avg_pool2d(maps.float(), grid).flatten(1)
@@ -126,15 +126,15 @@ def layer_features(
         raise ValueError("batches must hold at least one image; got none")
     return {name: torch.cat(parts) for name, parts in collected.items()}
 
-# %% ../../nbs/self_supervised/01_rotation.ipynb #407809ef
+# %% ../../nbs/self_supervised/01_rotation.ipynb #eb317022
 def _check_features(features: Tensor, labels: Tensor, name: str) -> tuple[Tensor, Tensor]:
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise ValueError(f"{name}_features must be (N, D) and {name}_labels (N,); got "
                          f"{tuple(features.shape)} and {tuple(labels.shape)}")
     bad = int((~features.isfinite().all(1)).sum())
     if bad or len(features) == 0:
-        raise ValueError(f"{name}_features must be finite, in at least one row; got {bad} rows with "
-                         f"NaN or inf of {len(features)}")
+        raise ValueError(f"{name}_features must be finite and have at least one row; got {bad} "
+                         f"rows with NaN or inf of {len(features)}")
     return features.detach().cpu().double(), labels.cpu()
 
 
@@ -144,7 +144,7 @@ def ridge_classifier(
     *,
     ridge: float = 1e-2,  # strength of the penalty on standardised features
 ) -> nn.Linear:  # float64, on the raw features: standardising is folded into its weights
-    """The linear classifier that fits one-hot labels best in the least-squares sense, in closed form.
+    """The linear classifier that fits one-hot labels best by least squares, in closed form.
 
     Equals `sklearn.linear_model.Ridge(alpha=ridge * N)` on standardised features.
     """
@@ -167,7 +167,7 @@ def ridge_classifier(
     head.bias.copy_(prior - mean @ W)
     return head
 
-
+# %% ../../nbs/self_supervised/01_rotation.ipynb #79d7c45d
 def linear_probe(
     train_features: Tensor,  # (N, D) float
     train_labels: Tensor,  # (N,) int64
@@ -184,7 +184,7 @@ def linear_probe(
                          f"got {test_features.shape[1]}")
     return (head(test_features).argmax(1) == test_labels).double().mean().item()
 
-# %% ../../nbs/self_supervised/01_rotation.ipynb #7275f979
+# %% ../../nbs/self_supervised/01_rotation.ipynb #0b1484fe
 def nearest_neighbours(
     queries: Tensor,  # (Q, D) float
     bank: Tensor,  # (M, D) float
