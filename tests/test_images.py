@@ -182,6 +182,13 @@ def test_floating_point_pixels_are_refused(tmp_path):
         I.read_image(tmp_path / "float.tif")
 
 
+@pytest.mark.parametrize("values", [[0, 255], [0, 100_000], [-5, 5]])
+def test_32_bit_integers_are_refused(tmp_path, values):
+    Image.fromarray(np.array([values], np.int32)).save(tmp_path / "mask.tif")
+    with pytest.raises(ValueError, match="mask.tif.*no agreed range"):
+        I.read_image(tmp_path / "mask.tif")
+
+
 def test_one_bit_pictures_are_black_and_white(tmp_path):
     Image.fromarray(np.array([[True, False]])).save(tmp_path / "bit.png")
     assert np.asarray(I.read_image(tmp_path / "bit.png", mode="L"))[0].tolist() == [255, 0]
@@ -251,6 +258,100 @@ def test_split_subfolders(tmp_path):
     assert len(load(tmp_path, split="test")) == 1 and len(load(tmp_path, split="all")) == 3
     with pytest.raises(FileNotFoundError, match="no subfolder 'val'.*ImageSet.split"):
         load(tmp_path, split="val")
+
+
+def test_train_and_test_share_one_numbering_of_the_classes(tmp_path):
+    for name in ("train/x/a.png", "train/y/b.png", "test/y/c.png", "test/z/d.png"):
+        save(tmp_path / name)
+    train, test, whole = (load(tmp_path, split=s) for s in ("train", "test", None))
+    assert train.classes == test.classes == whole.classes == ["x", "y", "z"]
+    assert test.labels.tolist() == [1, 2] and test.column("label") == ["y", "z"]
+    assert whole.where(split="test").column("file") == ["test/y/c.png", "test/z/d.png"]
+    with pytest.raises(FileNotFoundError, match="no subfolder 'val'"):
+        load(tmp_path, split="val")
+
+
+def test_a_folder_named_train_beside_others_is_a_class(tmp_path):
+    for name in ("train/a.png", "bus/b.png", "loose.png"):
+        save(tmp_path / name)
+    assert load(tmp_path).classes == sorted(["bus", "train", tmp_path.name])
+    assert load(tmp_path, split="train").column("file") == ["train/a.png"]
+
+
+def test_a_skipped_file_does_not_renumber_the_classes(tmp_path):
+    save(tmp_path / "b" / "good.png")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "bad.png").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="skipped 1 of 2"):
+        data = load(tmp_path, on_error="skip")
+    assert data.classes == ["a", "b"] and data.labels.tolist() == [1]
+
+
+def test_linked_class_folders_are_followed_and_circles_are_not(tmp_path):
+    save(tmp_path / "store" / "x" / "a.png")
+    (tmp_path / "set" / "y").mkdir(parents=True)
+    save(tmp_path / "set" / "y" / "b.png")
+    (tmp_path / "set" / "x").symlink_to(tmp_path / "store" / "x")
+    (tmp_path / "set" / "y" / "up").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    data = load(tmp_path / "set")
+    assert data.column("file")[0] == "x/a.png" and data.classes == ["x", "y"]
+    assert len(data) == 2
+
+
+def test_formats_that_are_not_read_are_not_dropped_in_silence(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "IMG_0001.HEIC").write_bytes(b"from a telephone")
+    with pytest.warns(UserWarning, match="1 files such as 'IMG_0001.HEIC'.*JPEG or PNG"):
+        assert len(load(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "ppm", "tga", "JPEG"])
+def test_less_common_formats_are_found(tmp_path, suffix):
+    save(tmp_path / f"a.{suffix}")
+    assert len(load(tmp_path)) == 1
+
+
+def test_the_current_folder_has_a_name(tmp_path, monkeypatch):
+    save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    assert load(".").classes == [tmp_path.name]
+
+
+def test_a_file_instead_of_a_folder_is_refused(tmp_path):
+    path = save(tmp_path / "a.png")
+    for name in (path, str(path)):
+        with pytest.raises(NotADirectoryError, match="a.png' is a file.*read_image"):
+            load(name)
+
+
+def test_a_name_that_is_none_is_refused():
+    for name in (None, 5, "", ["emoji"]):
+        with pytest.raises(ValueError, match="name must be the name of a data set, or a folder"):
+            load(name)
+
+
+@pytest.mark.parametrize("size", [2.0, "2", (2, 3, 4), (2,), (2.5, 2), None])
+def test_sizes_that_are_no_whole_numbers_are_refused(size):
+    images = torch.zeros(1, 4, 4, 4)
+    for function in (I.resize, I.resize_rgba):
+        with pytest.raises(ValueError, match="size must be one whole number.*got"):
+            function(images, size)
+    with pytest.raises(ValueError, match="size must be one whole number.*got"):
+        I.fit_to(Image.new("RGB", (4, 4)), size)
+
+
+def test_whole_numbers_of_any_kind_are_sizes(tmp_path):
+    save(tmp_path / "a.png")
+    for size in (2, np.int64(2), torch.tensor(2), [2, 2], torch.Size((2, 2))):
+        assert I.resize(torch.zeros(1, 3, 4, 4), size).shape[-2:] == (2, 2)
+        assert load(tmp_path, size=size).images.shape[-2:] == (2, 2)
+
+
+@pytest.mark.parametrize("name", ["emoji", "photos", "fashion_mnist"])
+def test_no_set_takes_size_zero_for_its_own_size(name):
+    with pytest.raises(ValueError, match="size must be at least 1 pixel"):
+        load(name, size=0)
 
 
 def test_hidden_and_other_files_are_ignored(tmp_path):
@@ -509,6 +610,14 @@ def test_relabel(toy):
         toy.relabel("group")
 
 
+def test_an_unknown_value_in_a_column_comes_last(toy):
+    toy.table["style"] = [None, "b", "a"] + [None] * 7
+    assert toy.relabel("style").classes == ["a", "b", "None"]
+    first, second = toy.split(0.5, generator=seeded(), by="style")
+    assert len(first) + len(second) == 10
+    assert toy.where(half=np.array([1])).column("word") == list("fghij")
+
+
 def test_split_is_disjoint_complete_and_replayed(toy):
     first, second = toy.split(0.7, generator=seeded())
     assert len(first) == 7
@@ -520,6 +629,9 @@ def test_split_is_disjoint_complete_and_replayed(toy):
     assert len(set(first.column("half"))) == len(set(second.column("half"))) == 1
     for fraction in (0, 1, 1.5, -0.1):
         with pytest.raises(ValueError, match="fraction must be strictly between 0 and 1"):
+            toy.split(fraction, generator=seeded())
+    for fraction in (0.01, 0.99):
+        with pytest.raises(ValueError, match=f"fraction {fraction} of 10 leaves a part empty"):
             toy.split(fraction, generator=seeded())
 
 
@@ -534,8 +646,10 @@ def test_parts_that_do_not_fit_are_refused():
     for labels in ([0, 1], [-1, 0]):
         with pytest.raises(ValueError, match=r"labels must be in 0..0 \(1 classes\)"):
             ImageSet(pixels, torch.tensor(labels), ["a"])
-    with pytest.raises(ValueError, match="labels must be .* int64; got torch.int32"):
-        ImageSet(pixels, torch.tensor([0, 0], dtype=torch.int32), ["a"])
+    for labels, got in ((torch.tensor([0, 0], dtype=torch.int32), "torch.int32"),
+                        ([0, 0], "list"), (torch.tensor([[0], [0]]), r"torch.int64 \(2, 1\)")):
+        with pytest.raises(ValueError, match=f"labels must be .* int64; got {got}"):
+            ImageSet(pixels, labels, ["a"])
 
 
 def test_a_set_can_be_pickled(toy):
@@ -656,6 +770,12 @@ def test_shards_make_up_the_global_batch(toy, world):
         make().shard(0, 3)
 
 
+def test_a_process_outside_the_world_is_refused(toy):
+    for rank, world in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match=f"rank must be in 0..{world - 1} .*got {rank}"):
+            toy.batches(4, shuffle=False).shard(rank, world)
+
+
 def test_shards_of_an_evaluation_count_every_image_once(toy):
     shares = [numbers(toy.batches(4, shuffle=False).shard(rank, 3)) for rank in range(3)]
     assert sorted(sum((sum(share, []) for share in shares), [])) == list(range(10))
@@ -692,6 +812,7 @@ def test_wrong_batches_are_refused(toy):
     with pytest.raises(ValueError, match="batch_size 11 does not fit 10 images.*drop_last=False"):
         toy.batches(11)
     assert len(toy.batches(11, drop_last=False)) == 1
+    assert len(toy.batches(np.int64(5))) == 2
     with pytest.raises(ValueError, match="does not fit 0 images"):
         toy[[]].batches(2, drop_last=False)
 
@@ -765,6 +886,15 @@ def test_resize_equals_pillow_within_rounding(size):
     assert ours.dtype == torch.uint8 and np.abs(difference).max() <= 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_resize_keeps_every_float_type(dtype):
+    images = torch.rand(1, 4, 9, 9, generator=seeded()).to(dtype)
+    for function in (I.resize, I.resize_rgba):
+        small = function(images, 4)
+        assert small.dtype == dtype
+        assert torch.allclose(small.float(), function(images.float(), 4), atol=1e-2)
+
+
 def test_resize_refuses_an_empty_size():
     for size in (0, (3, 0), (-1, 2)):
         with pytest.raises(ValueError, match="size must be at least 1 pixel"):
@@ -824,6 +954,16 @@ def test_a_grid_shows_every_pixel_as_a_square_of_whole_dots():
     assert (shown[:5 * factor, :6 * factor] == large).all()
     assert (shown[:5 * factor, -6 * factor:] == large).all()
     assert (shown[-5 * factor:, -6 * factor:] == 255).all()  # an empty place is white
+
+
+def test_rows_without_titles_take_no_room_for_them():
+    images = torch.rand(4, 3, 4, 4, generator=seeded())
+    plain = rendered(I.show_images(images, columns=2)).shape[0]
+    one, both = (rendered(I.show_images(images, columns=2, titles=t)).shape[0]
+                 for t in (["a", "b", "", ""], ["a", "b", "c", "d"]))
+    assert plain < one < both and both - one == one - plain
+    with pytest.raises(ValueError, match="columns must be at least 1; got 0"):
+        I.show_images(images, columns=0)
 
 
 def test_a_grid_takes_sets_floats_grey_and_alpha(toy):

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'DPI', 'GAP', 'MAX_PIXELS', 'SUFFIXES', 'OFFLINE', 'EMOJI_STYLES', 'FASHION_CLASSES', 'FULL_FASHION_MNIST',
-           'TORCHVISION', 'check_images', 'to_float', 'to_uint8', 'default_device', 'composite', 'use_course_style',
-           'resize_matrix', 'resize', 'show_images', 'resize_rgba', 'read_image', 'fit_to', 'RowBatches', 'Batches',
-           'Columns', 'Parts', 'Source', 'ImageSet', 'data_folder', 'load_emoji', 'load_photos', 'load_fashion_mnist',
-           'nearest', 'load_folder', 'load_torchvision', 'load', 'channel_statistics', 'normalize', 'denormalize']
+           'SPLITS', 'UNREAD', 'TORCHVISION', 'check_images', 'to_float', 'to_uint8', 'default_device', 'composite',
+           'use_course_style', 'resize_matrix', 'resize', 'show_images', 'resize_rgba', 'read_image', 'fit_to',
+           'RowBatches', 'Batches', 'Columns', 'Parts', 'Source', 'ImageSet', 'data_folder', 'load_emoji',
+           'load_photos', 'load_fashion_mnist', 'nearest', 'load_folder', 'load_torchvision', 'load',
+           'channel_statistics', 'normalize', 'denormalize']
 
-# %% ../../nbs/foundations/01_images.ipynb #4f36afb2
+# %% ../../nbs/foundations/01_images.ipynb #24c3412c
 import copy
 import csv
 import gzip
 import io
+import operator
 import os
 import sys
 import textwrap
@@ -144,7 +146,20 @@ def resize_matrix(
     weights = (1 - distance / (max(step, 1.0) if antialias else 1.0)).clamp_min(0)
     return (weights / weights.sum(1, keepdim=True)).float()
 
-# %% ../../nbs/foundations/01_images.ipynb #7f03fd42
+# %% ../../nbs/foundations/01_images.ipynb #513ebaf6
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    "`size` as (height, width); a `ValueError` if it is not one or two whole numbers above zero."
+    try:
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        pair = operator.index(height), operator.index(width)
+    except (TypeError, ValueError):
+        raise ValueError("size must be one whole number of pixels, or (height, width); "
+                         f"got {size!r}") from None
+    if min(pair) < 1:
+        raise ValueError(f"size must be at least 1 pixel; got {size}")
+    return pair
+
+
 def resize(
     images: Tensor,  # (B, C, H, W) uint8, or float in [0, 1]
     size: int | tuple[int, int],  # new (height, width) in pixels, or one number for both
@@ -153,16 +168,15 @@ def resize(
 ) -> Tensor:  # (B, C, *size), dtype as given
     "Images resampled linearly, with a filter as wide as the step when they shrink."
     check_images(images, dtype="either")
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if min(size) < 1:
-        raise ValueError(f"size must be at least 1 pixel; got {size}")
+    size = _pair(size)
     if images.shape[-2:] == size:
         return images
-    pixels = images.float() if images.dtype == torch.uint8 else images
-    out = F.interpolate(pixels, size, mode="bilinear", antialias=antialias, align_corners=False)
-    return out.round_().clamp_(0, 255).to(torch.uint8) if images.dtype == torch.uint8 else out
+    exact = images.dtype in (torch.float32, torch.float64)  # lower precision: sum in 32 bits
+    out = F.interpolate(images if exact else images.float(), size, mode="bilinear",
+                        antialias=antialias, align_corners=False)
+    return (out.round_().clamp_(0, 255) if images.dtype == torch.uint8 else out).to(images.dtype)
 
-# %% ../../nbs/foundations/01_images.ipynb #492c89c0
+# %% ../../nbs/foundations/01_images.ipynb #16d1cd3f
 DPI, GAP = 150, 8  # of a grid of pictures: dots an inch, and dots between pictures
 
 
@@ -188,10 +202,10 @@ def _fit_cell(images: Tensor, cell: int) -> Tensor:
 
 def _wrap(texts: Sequence[str], dots: int, points: float) -> list[str]:
     "The texts, broken into lines that fit into so many dots."
-    letters = max(4, int(dots / (0.58 * points * DPI / 72)))
+    letters = max(4, int(dots / (0.62 * points * DPI / 72)))
     return ["\n".join(textwrap.wrap(str(text), letters)) for text in texts]
 
-# %% ../../nbs/foundations/01_images.ipynb #5b14b693
+# %% ../../nbs/foundations/01_images.ipynb #240f1968
 def show_images(
     images: "Tensor | ImageSet",  # (N, C, H, W), C = 1, 3 or 4, uint8 or float in [0, 1]
     *,
@@ -203,23 +217,27 @@ def show_images(
     "An aligned grid of pictures, every pixel a sharp square; alpha is laid on white."
     import matplotlib.pyplot as plt
 
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1; got {columns}")
     images = _fit_cell(_displayable(images), max(1, int(width * DPI) // columns - GAP))
     if titles is not None and len(titles) != len(images):
         raise ValueError(f"titles must be one a picture, {len(images)}; got {len(titles)}")
     (N, _, H, W), columns = images.shape, min(columns, len(images))
     wide = columns * (W + GAP) - GAP
-    labels, heads = _wrap(titles or [], W + GAP, 8), _wrap([title] if title else [], wide, 11)
-    line = 21 * max((label.count("\n") + 1 for label in labels), default=0)
+    labels, heads = _wrap(titles or [""] * N, W + GAP, 8), _wrap([title] if title else [], wide, 11)
+    lines = [21 * max((label.count("\n") + 1 for label in labels[i:i + columns] if label),
+                      default=0) for i in range(0, N, columns)]  # dots for the titles of each row
     head = sum(30 * (text.count("\n") + 1) + 8 for text in heads)
-    high = head + -(-N // columns) * (H + GAP + line) - GAP
+    tops = [head + sum(lines[:i + 1]) + i * (H + GAP) for i in range(len(lines))]
+    high = tops[-1] + H
     canvas = np.full((high, wide, 3), 255, dtype=np.uint8)
     figure = plt.figure(figsize=(wide / DPI, high / DPI), dpi=DPI, layout="none")
     axis = figure.add_axes((0, 0, 1, 1))
     axis.axis("off")
     for i, image in enumerate(images):
-        left, top = i % columns * (W + GAP), head + i // columns * (H + GAP + line) + line
+        left, top = i % columns * (W + GAP), tops[i // columns]
         canvas[top:top + H, left:left + W] = rearrange(image.numpy(), "c h w -> h w c")
-        if labels:
+        if labels[i]:
             axis.text(left + W / 2, top - 4, labels[i], ha="center", va="bottom", fontsize=8)
     for text in heads:
         axis.text(0, 4, text, ha="left", va="top", fontsize=11)
@@ -227,7 +245,7 @@ def show_images(
     plt.close(figure)
     return figure
 
-# %% ../../nbs/foundations/01_images.ipynb #ba972f8c
+# %% ../../nbs/foundations/01_images.ipynb #24900d8a
 def resize_rgba(
     images: Tensor,  # (B, 4, H, W) uint8 or float in [0, 1], with alpha last
     size: int | tuple[int, int],  # new (height, width) in pixels, or one number for both
@@ -236,7 +254,7 @@ def resize_rgba(
     check_images(images, dtype="either")
     if images.shape[1] != 4:
         raise ValueError(f"images must be (B, 4, H, W) with alpha last; got {tuple(images.shape)}")
-    if images.shape[-2:] == ((size, size) if isinstance(size, int) else tuple(size)):
+    if images.shape[-2:] == _pair(size):
         return images
     pixels = to_float(images) if images.dtype == torch.uint8 else images
     colour, alpha = pixels[:, :3], pixels[:, 3:]
@@ -245,9 +263,10 @@ def resize_rgba(
     out = torch.cat([(colour / alpha.clamp_min(1e-6)).clamp(0, 1), alpha], dim=1)
     return to_uint8(out) if images.dtype == torch.uint8 else out
 
-# %% ../../nbs/foundations/01_images.ipynb #7802243c
+# %% ../../nbs/foundations/01_images.ipynb #0c900d27
 MAX_PIXELS = 64_000_000  # a larger picture is refused before it is decoded
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff",
+            ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2"}
 
 
 def read_image(
@@ -270,6 +289,9 @@ def read_image(
                 if image.width * image.height > max_pixels:
                     raise ValueError(f"{image.width} x {image.height} pixels, more than max_pixels="
                                      f"{max_pixels} (a decompression bomb?)")
+                if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+                    raise ValueError("floating-point or 32-bit pixels have no agreed range; "
+                                     "save it with 8 or 16 bits")
                 return _to_mode(ImageOps.exif_transpose(image), mode)
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {str(path)!r}") from None
@@ -280,10 +302,8 @@ def read_image(
             reason = f"more than max_pixels={max_pixels} pixels (a decompression bomb?)"
         raise ValueError(f"cannot read image {str(path)!r}: {reason}") from error
 
-# %% ../../nbs/foundations/01_images.ipynb #b508792c
+# %% ../../nbs/foundations/01_images.ipynb #5607e708
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range; save it with 8 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):  # 16-bit grey: 65535 is white
         deep = np.asarray(image).astype(np.float32)
         image = Image.fromarray((deep / 257).round().clip(0, 255).astype(np.uint8))
@@ -299,19 +319,17 @@ def fit_to(
     size: int | tuple[int, int],  # (height, width) wanted, in pixels
 ) -> Image.Image:  # exactly that size
     "The picture shrunk or grown to cover `size`, and its middle cut out; nothing is stretched."
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1:
-        raise ValueError(f"size must be at least 1 pixel; got {size}")
+    height, width = _pair(size)
     return ImageOps.fit(image, (width, height), method=Image.Resampling.BILINEAR)
 
-# %% ../../nbs/foundations/01_images.ipynb #ced40de1
+# %% ../../nbs/foundations/01_images.ipynb #45e68b4f
 class RowBatches:
     "Row numbers in batches, with a seed for each batch; every `for` loop over it is one epoch."
 
     def __init__(self, count: int, batch_size: int, *, generator: torch.Generator | None = None,
                  shuffle: bool = True, drop_last: bool | None = None):
         self.drop_last = shuffle if drop_last is None else drop_last
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer; got {batch_size!r}")
         if count == 0 or (self.drop_last and count < batch_size):
             raise ValueError(f"batch_size {batch_size} does not fit {count} images: use a smaller "
@@ -319,7 +337,7 @@ class RowBatches:
         if generator is not None and generator.device.type != "cpu":
             raise ValueError(f"generator must be a CPU generator; got one on {generator.device}")
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
-        self.count, self.batch_size, self.shuffle = count, batch_size, shuffle
+        self.count, self.batch_size, self.shuffle = count, int(batch_size), shuffle
         self._start, self._position, self._resumed = self.generator.get_state(), 0, None
 
     def __len__(self) -> int:
@@ -341,13 +359,9 @@ class RowBatches:
             self._position = position + 1
             yield order[position * self.batch_size:][:self.batch_size], seed + 1 + position
 
-# %% ../../nbs/foundations/01_images.ipynb #934ab225
+# %% ../../nbs/foundations/01_images.ipynb #cdcaea26
 class Batches(RowBatches):
-    """Batches of an `ImageSet`, made by `ImageSet.batches`; each `for` loop over it is one epoch.
-
-    A batch is (images, labels): float32 (B, C, H, W) in [0, 1] after `transform`, and int64 (B,),
-    both on the set's device.
-    """
+    "Epochs of (images, labels): float32 (B, C, H, W) in [0, 1] after `transform`, and int64 (B,)."
 
     def __init__(self, data: "ImageSet", batch_size: int, *, transform=None, **options):
         super().__init__(len(data), batch_size, **options)
@@ -364,6 +378,8 @@ class Batches(RowBatches):
 
     def shard(self, rank: int, world: int) -> "Batches":
         "The same global batches, of which process `rank` of `world` gets its equal share."
+        if not 0 <= rank < world:
+            raise ValueError(f"rank must be in 0..{world - 1} of {world} processes; got {rank}")
         if self.drop_last and self.batch_size % world:
             raise ValueError(f"batch_size is global and must be a multiple of the {world} "
                              f"processes; got {self.batch_size}")
@@ -382,7 +398,12 @@ class Batches(RowBatches):
         self.generator.set_state(state["generator"])
         self._resumed = state["generator"] if 0 < state["position"] < len(self) else None
 
-# %% ../../nbs/foundations/01_images.ipynb #b21f614a
+# %% ../../nbs/foundations/01_images.ipynb #7261acd4
+def _distinct(values: Sequence) -> list:
+    "The distinct values in order; None, for what is unknown, comes last."
+    return sorted(set(values), key=lambda value: (value is None, value))
+
+
 class Columns:
     "What an `ImageSet` knows besides pixels: `table`, named columns of one value an image."
 
@@ -399,7 +420,7 @@ class Columns:
         keep = np.ones(len(self), dtype=bool)
         for name, wanted in conditions.items():
             if not callable(wanted):
-                several = isinstance(wanted, (list, tuple, set, frozenset, range))
+                several = isinstance(wanted, (list, tuple, set, frozenset, range, np.ndarray))
                 wanted = (set(wanted) if several else {wanted}).__contains__
             keep &= np.array([bool(wanted(value)) for value in self.column(name)], dtype=bool)
         return self[keep]
@@ -407,12 +428,12 @@ class Columns:
     def relabel(self, column: str) -> "ImageSet":
         "The same images labelled by another column; classes are its sorted distinct values."
         values = self.column(column)
-        classes = sorted(set(values))
+        classes = _distinct(values)
         number = {value: i for i, value in enumerate(classes)}
         labels = torch.tensor([number[v] for v in values], dtype=torch.int64, device=self.device)
         return replace(self, labels=labels, classes=[str(c) for c in classes])
 
-# %% ../../nbs/foundations/01_images.ipynb #f7c4c8dc
+# %% ../../nbs/foundations/01_images.ipynb #177b8736
 class Parts(Columns):
     "Taking a part of an `ImageSet`: chosen images, or two random halves."
 
@@ -439,9 +460,12 @@ class Parts(Columns):
         if not 0 < fraction < 1:
             raise ValueError(f"fraction must be strictly between 0 and 1; got {fraction}")
         values = range(len(self)) if by is None else self.column(by)
-        distinct = sorted(set(values))
+        distinct = _distinct(values)
+        count = round(fraction * len(distinct))
+        if not 0 < count < len(distinct):
+            raise ValueError(f"fraction {fraction} of {len(distinct)} leaves a part empty")
         order = torch.randperm(len(distinct), generator=generator).tolist()
-        first = {distinct[i] for i in order[:round(fraction * len(distinct))]}
+        first = {distinct[i] for i in order[:count]}
         keep = np.array([value in first for value in values], dtype=bool)
         return self[keep], self[~keep]
 
@@ -471,7 +495,7 @@ class Source(Parts):
         return Batches(self, batch_size, generator=generator, shuffle=shuffle,
                        drop_last=drop_last, transform=transform)
 
-# %% ../../nbs/foundations/01_images.ipynb #d946bf2d
+# %% ../../nbs/foundations/01_images.ipynb #b9d93ed2
 @dataclass(repr=False)
 class ImageSet(Source):
     "Labelled pictures of one size, held in memory as uint8; indexing gives a smaller `ImageSet`."
@@ -485,12 +509,13 @@ class ImageSet(Source):
 
     def __post_init__(self):
         check_images(self.images, dtype="uint8")
+        if getattr(self.labels, "dtype", None) != torch.int64 or self.labels.ndim != 1:
+            got = getattr(self.labels, "dtype", type(self.labels).__name__)
+            raise ValueError(f"labels must be (N,) int64; got {got} {tuple(np.shape(self.labels))}")
         wrong = [k for k, v in self.table.items() if len(v) != len(self)]
         if len(self.labels) != len(self) or wrong:
             raise ValueError(f"labels and table columns must have {len(self)} entries, one an "
                              f"image; got {len(self.labels)} labels, wrong columns {wrong}")
-        if self.labels.dtype != torch.int64:
-            raise ValueError(f"labels must be (N,) int64; got {self.labels.dtype}")
         low, high = (int(v) for v in self.labels.cpu().aminmax()) if len(self) else (0, -1)
         if low < 0 or high >= len(self.classes):
             raise ValueError(f"labels must be in 0..{len(self.classes) - 1} ({len(self.classes)} "
@@ -541,7 +566,7 @@ def _in_split(rows: list[dict], split: str, name: str) -> list[int]:
         raise ValueError(f"split of {name!r} must be one of {[*splits, 'all']}; got {split!r}")
     return [i for i, row in enumerate(rows) if split in (row["split"], "all")]
 
-# %% ../../nbs/foundations/01_images.ipynb #6a6a2bfc
+# %% ../../nbs/foundations/01_images.ipynb #3a657664
 EMOJI_STYLES = ("noto", "twemoji", "openmoji", "fluent3d")
 
 
@@ -567,11 +592,10 @@ def load_emoji(
 
 
 def _read_atlas(path: Path, keep: list[int], size: int | None, mode: str, tile: int = 64) -> Tensor:
-    atlas = torch.from_numpy(np.array(read_image(path, mode="RGBA")))
-    tiles = rearrange(atlas, "(r h) (k w) c -> (r k) c h w", h=tile, w=tile)[keep]
-    if mode == "RGBA":
-        return resize_rgba(tiles, size or tile)
-    return resize(composite(tiles), size or tile)
+    atlas = torch.from_numpy(np.array(read_image(path, mode=mode)))  # "RGB": on white
+    tiles = rearrange(atlas, "(r h) (k w) c -> (r k) c h w", h=tile, w=tile)[keep].contiguous()
+    shrink = resize if mode == "RGB" else resize_rgba
+    return shrink(tiles, tile if size is None else size)
 
 # %% ../../nbs/foundations/01_images.ipynb #6127e2e4
 def _read_all(files: list[Path], *, size, mode: str, on_error: str, max_pixels: int):
@@ -624,7 +648,7 @@ def load_photos(
     table = {key: [row[key] for row in chosen] for key in rows[0]}
     return ImageSet(pixels, labels, classes, "photos", table, skipped)
 
-# %% ../../nbs/foundations/01_images.ipynb #7ab47994
+# %% ../../nbs/foundations/01_images.ipynb #c2da0c48
 FASHION_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
                    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 FULL_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package
@@ -645,7 +669,8 @@ def load_fashion_mnist(
     parts = ("train", "test") if split == "all" else (split,)
     images, labels = zip(*[_fashion_part(part, full) for part in parts], strict=True)
     pixels = torch.from_numpy(np.concatenate(images))[:, None]
-    pixels = resize(pixels, size or 28).expand(-1, 3 if mode == "RGB" else 1, -1, -1).contiguous()
+    pixels = resize(pixels, 28 if size is None else size)
+    pixels = pixels.expand(-1, 3 if mode == "RGB" else 1, -1, -1).contiguous()
     name = "FashionMNIST" if full else "fashion_mnist"
     return ImageSet(pixels, torch.from_numpy(np.concatenate(labels)).long(), FASHION_CLASSES, name)
 
@@ -657,11 +682,10 @@ def _fashion_part(part: str, full: bool) -> tuple[np.ndarray, np.ndarray]:
     with np.load(data_folder("fashion_mnist") / "fashion_mnist.npz", allow_pickle=False) as stored:
         return stored[f"{part}_images"], stored[f"{part}_labels"]
 
-# %% ../../nbs/foundations/01_images.ipynb #65e17cc3
+
 def _read_idx(path: str) -> np.ndarray:
     "The array in a gzipped IDX file: two zero bytes, type, dimensions, sizes, bytes."
-    with gzip.open(path) as file:
-        data = file.read()
+    data = gzip.decompress(Path(path).read_bytes())
     shape = np.frombuffer(data, dtype=">i4", count=data[3], offset=4)
     return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
@@ -676,7 +700,36 @@ def nearest(
     lengths = keys.square().sum(1)
     return torch.cat([(lengths - 2 * part @ keys.T).argmin(1) for part in queries.split(chunk)])
 
-# %% ../../nbs/foundations/01_images.ipynb #5eb2f045
+# %% ../../nbs/foundations/01_images.ipynb #be021959
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}  # folders that are no classes
+UNREAD = {".heic", ".heif", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
+
+
+def _pictures_in(root: Path) -> list[Path]:
+    "Picture files below `root`, in order: through links, but never in circles; nothing hidden."
+    found, above = [], {str(root): {os.path.realpath(root)}}
+    for folder, inside, names in os.walk(root, followlinks=True):
+        real = {d: os.path.realpath(os.path.join(folder, d)) for d in inside if d[0] != "."}
+        inside[:] = [d for d in real if real[d] not in above[folder]]
+        above.update({os.path.join(folder, d): above[folder] | {real[d]} for d in inside})
+        found += [Path(folder, name) for name in names if name[0] != "."]
+    unread = [f for f in found if f.suffix.lower() in UNREAD]
+    if unread:
+        warnings.warn(f"{len(unread)} files such as {unread[0].name!r} are left out: their format "
+                      "is not read here; save them as JPEG or PNG", stacklevel=4)
+    return sorted(f for f in found if f.suffix.lower() in SUFFIXES and f.is_file())
+
+
+def _places(files: list[Path], root: Path, split: str | None) -> list[tuple[str, str]]:
+    "For each file its split folder (or an empty text) and its class."
+    parts = [file.relative_to(root).parts for file in files]
+    divided = all(p[0].lower() in SPLITS for p in parts)
+    cut = [int(len(p) > 1 and (divided or p[0] == split)) for p in parts]
+    alone = Path(os.path.abspath(root)).name  # the class of files that lie in no class folder
+    return [(p[0] if c else "", p[c] if len(p) > c + 1 else alone)
+            for p, c in zip(parts, cut, strict=True)]
+
+# %% ../../nbs/foundations/01_images.ipynb #44a357b3
 def load_folder(
     folder: str | Path,  # holds pictures, or one subfolder of pictures a class
     *,
@@ -686,27 +739,30 @@ def load_folder(
     on_error: str = "raise",  # or "skip": go on without the unreadable files, and say how many
     max_pixels: int = MAX_PIXELS,  # refuse larger pictures
 ) -> ImageSet:
-    "Your own pictures: class subfolders give the labels; a flat folder gives one class."
-    root = Path(folder).expanduser()
+    "Your own pictures: class subfolders, below train/ and test/ or not, give the labels."
+    root, split = Path(folder).expanduser(), None if split == "all" else split
+    if root.is_file():
+        raise NotADirectoryError(f"{str(root)!r} is a file: give its folder, or use read_image")
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {str(root)!r}")
-    if split not in (None, "all"):
-        if not (root / split).is_dir():
-            raise FileNotFoundError(f"folder {str(root)!r} has no subfolder {split!r}; leave split "
-                                    "out and cut the set with ImageSet.split")
-        root = root / split
-    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()
-                   and not any(part.startswith(".") for part in f.relative_to(root).parts))
-    if not files:
-        raise ValueError(f"folder {str(root)!r} holds no pictures ({', '.join(sorted(SUFFIXES))})")
-    images, files, skipped = _read_all(files, size=size, mode=mode, on_error=on_error,
+    if split and not (root / split).is_dir():
+        raise FileNotFoundError(f"folder {str(root)!r} has no subfolder {split!r}; leave split out "
+                                "and cut the set with ImageSet.split")
+    files = _pictures_in(root)
+    everywhere = dict(zip(files, _places(files, root, split), strict=True))
+    place = {f: p for f, p in everywhere.items() if split in (None, p[0])}
+    if not place:
+        raise ValueError(f"folder {str(root / (split or ''))!r} holds no pictures "
+                         f"({', '.join(sorted(SUFFIXES))})")
+    named = everywhere if all(where for where, _ in everywhere.values()) else place
+    classes = sorted({label for _, label in named.values()})  # the same for train and test
+    pixels, files, skipped = _read_all(list(place), size=size, mode=mode, on_error=on_error,
                                        max_pixels=max_pixels)
-    parts = [f.relative_to(root).parts for f in files]
-    names = [p[0] if len(p) > 1 else root.name for p in parts]
-    classes = sorted(set(names))
-    labels = torch.tensor([classes.index(n) for n in names])
+    labels = torch.tensor([classes.index(place[f][1]) for f in files])
     table = {"file": [f.relative_to(root).as_posix() for f in files]}
-    return ImageSet(images, labels, classes, root.name, table, skipped)
+    if any(where for where, _ in place.values()):
+        table["split"] = [place[f][0] for f in files]
+    return ImageSet(pixels, labels, classes, Path(os.path.abspath(root)).name, table, skipped)
 
 # %% ../../nbs/foundations/01_images.ipynb #30871b1d
 TORCHVISION = {  # class name in torchvision.datasets: keyword arguments of each split
@@ -736,7 +792,7 @@ def _open_torchvision(name: str, root: Path, arguments: dict):
         raise ConnectionError(f"{name!r} is not in {str(root)!r} and cannot be downloaded "
                               f"({error}); without a network use one of {OFFLINE}") from error
 
-# %% ../../nbs/foundations/01_images.ipynb #328247d0
+# %% ../../nbs/foundations/01_images.ipynb #83b6e3e4
 def load_torchvision(
     name: str,  # one of `TORCHVISION`
     *,
@@ -756,6 +812,8 @@ def load_torchvision(
         raise ValueError(f"split of {name!r} must be one of {splits}; got {split!r}")
     root = Path(root or Path.home() / ".cache" / "vlm_course").expanduser()
     mode = mode or ("L" if "MNIST" in name else "RGB")
+    if mode not in ("RGB", "RGBA", "L"):
+        raise ValueError(f'mode must be "RGB", "RGBA" or "L"; got {mode!r}')
     sources = [_open_torchvision(name, root, a) for k, a in arguments.items()
                if split in (k, "all")]
     pairs = [(p.convert(mode) if size is None else fit_to(p.convert(mode), size), int(y))
@@ -769,7 +827,7 @@ def load_torchvision(
     return ImageSet(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels,
                     [str(c) for c in classes], name)
 
-# %% ../../nbs/foundations/01_images.ipynb #2431cf2c
+# %% ../../nbs/foundations/01_images.ipynb #9f18fa97
 def load(
     name: str | Path,  # a set that ships, a torchvision class name, or a folder of pictures
     *,
@@ -786,6 +844,8 @@ def load(
     without `size`, or a file that is no picture; `FileNotFoundError` for a missing folder;
     `ConnectionError` for a set that needs a network where there is none.
     """
+    if not isinstance(name, (str, os.PathLike)) or not str(name):
+        raise ValueError(f"name must be the name of a data set, or a folder; got {name!r}")
     part, colour = split or "train", mode or "RGB"
     if name == "emoji":
         data = load_emoji(size=size, split=part, mode=colour)
