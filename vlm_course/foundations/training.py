@@ -9,7 +9,8 @@ __all__ = ['SCHEDULES', 'classification_loss', 'parameter_groups', 'count_parame
            'write_tensors', 'read_tensors', 'save_weights', 'load_weights', 'Checkpoint', 'write_checkpoint',
            'load_checkpoint', 'make_accelerator', 'fit', 'plot_history']
 
-# %% ../../nbs/foundations/02_training.ipynb #8bc42efb
+# %% ../../nbs/foundations/02_training.ipynb #ac4752c2
+import atexit
 import copy
 import json
 import math
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 
 from .images import PALETTE, Batches, default_device
 
-# %% ../../nbs/foundations/02_training.ipynb #6d6c1a34
+# %% ../../nbs/foundations/02_training.ipynb #43dba538
 def classification_loss(
     model: nn.Module,  # images -> logits (B, K)
     images: Tensor,  # (B, C, H, W) float
@@ -45,7 +46,7 @@ def classification_loss(
     accuracy = (logits.detach().argmax(1) == labels).float().mean()
     return F.cross_entropy(logits, labels), {"accuracy": accuracy}
 
-# %% ../../nbs/foundations/02_training.ipynb #8840c757
+# %% ../../nbs/foundations/02_training.ipynb #f96684e2
 def parameter_groups(
     model: nn.Module,
     weight_decay: float,  # for matrices and kernels; vectors (biases, normalisation) get none
@@ -61,7 +62,7 @@ def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:
     "The number of parameters; with `trainable`, of those that get a gradient."
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
-# %% ../../nbs/foundations/02_training.ipynb #53a2e5b9
+# %% ../../nbs/foundations/02_training.ipynb #96c325be
 def cosine_schedule(
     step: int,  # steps done so far, 0 .. steps
     *,
@@ -81,7 +82,7 @@ def constant_schedule(step: int, *, steps: int, warmup: int) -> float:
 
 SCHEDULES = {"cosine": cosine_schedule, "constant": constant_schedule}
 
-# %% ../../nbs/foundations/02_training.ipynb #b0500d7a
+# %% ../../nbs/foundations/02_training.ipynb #180a09fe
 @contextmanager
 def evaluation_mode(
     model: nn.Module,
@@ -111,7 +112,7 @@ def _outputs(model: nn.Module, batches: Batches, precision: str) -> Iterator[tup
                     outputs = model(images.to(device))
                 yield outputs.float(), labels.to(device)
 
-# %% ../../nbs/foundations/02_training.ipynb #7afe73b9
+# %% ../../nbs/foundations/02_training.ipynb #0e6f2123
 def predict(
     model: nn.Module,
     batches: Batches,  # whether they shuffle makes no difference here
@@ -147,7 +148,7 @@ def accuracy(
         torch.distributed.all_reduce(hits)
     return float(hits[0] / hits[1])
 
-# %% ../../nbs/foundations/02_training.ipynb #c27c75d0
+# %% ../../nbs/foundations/02_training.ipynb #faaff465
 @dataclass
 class History:
     "What a run recorded, one number a step."
@@ -168,7 +169,7 @@ class History:
         return [(totals[i] - totals[max(0, i - window)]) / min(i, window)
                 for i in range(1, len(totals))]
 
-# %% ../../nbs/foundations/02_training.ipynb #db04c477
+# %% ../../nbs/foundations/02_training.ipynb #4fa4d26a
 class Callback:
     "Something done beside the loop; override what is needed. `run` is the `Run` in progress."
 
@@ -188,7 +189,7 @@ class Callback:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         "Take back what `state_dict` gave."
 
-# %% ../../nbs/foundations/02_training.ipynb #d4bab9fb
+# %% ../../nbs/foundations/02_training.ipynb #aed73249
 @dataclass
 class Run:
     "A training run in progress: what a callback may read and change."
@@ -228,7 +229,7 @@ class Run:
             for name, value in zip(names, values, strict=True):
                 self.history.metrics.setdefault(name, []).append(value)
 
-# %% ../../nbs/foundations/02_training.ipynb #b4a7a7e1
+# %% ../../nbs/foundations/02_training.ipynb #9c81ca6e
 def _check_finite(loss: float, step: int, steps: int) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(f"loss is {loss} at step {step} of {steps}; checkpoints before "
@@ -255,7 +256,7 @@ class Objective(nn.Module):
         return value.reshape(()), {name: torch.as_tensor(metric, device=value.device).detach()
                                    .float() for name, metric in metrics.items()}
 
-# %% ../../nbs/foundations/02_training.ipynb #58fbb97e
+# %% ../../nbs/foundations/02_training.ipynb #ade083d2
 def train_step(
     run: Run,
     batch: tuple[Tensor, ...],  # on the model's device
@@ -281,7 +282,7 @@ def train_step(
             work.wait()
     run.pending.append((run.step + 1, rates[0], value.detach().float(), metrics))
 
-# %% ../../nbs/foundations/02_training.ipynb #22ad36ee
+# %% ../../nbs/foundations/02_training.ipynb #e64bf53c
 def autocast_dtype(
     device: torch.device,  # where the model runs
 ) -> torch.dtype | None:
@@ -312,7 +313,7 @@ def autocast(
     dtype = {"auto": autocast_dtype(device), "bf16": torch.bfloat16, "fp32": None}[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
-# %% ../../nbs/foundations/02_training.ipynb #cdd04401
+# %% ../../nbs/foundations/02_training.ipynb #a0419336
 def model_on_device(
     model: nn.Module,  # moved in place
     device: torch.device,
@@ -338,7 +339,7 @@ def align_optimizer(
                 if torch.is_tensor(value) and value.shape == p.shape:
                     optimizer.state[p][name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
-# %% ../../nbs/foundations/02_training.ipynb #6bc4de2b
+# %% ../../nbs/foundations/02_training.ipynb #51e3e45d
 class Evaluate(Callback):
     "Records `function(model)` every so many steps and at the end, in `history.evaluations[name]`."
 
@@ -360,7 +361,7 @@ class Evaluate(Callback):
                 value = float(self.function(run.model))
             run.history.evaluations.setdefault(self.name, []).append((run.step, value))
 
-# %% ../../nbs/foundations/02_training.ipynb #4c1dd4b5
+# %% ../../nbs/foundations/02_training.ipynb #2848fbcf
 class Progress(Callback):
     "A plain-text progress bar on stderr, for runs of over a second, from the main process only."
 
@@ -383,7 +384,7 @@ class Progress(Callback):
         "Close it."
         self.bar.close()
 
-# %% ../../nbs/foundations/02_training.ipynb #9677483c
+# %% ../../nbs/foundations/02_training.ipynb #716822c9
 class EMA(Callback):
     """Exponential moving average of weights and buffers, kept in `self.model` for evaluation.
 
@@ -418,7 +419,7 @@ class EMA(Callback):
         "Take the averages back."
         self.model.load_state_dict(_match(self.model, state, "EMA"))
 
-# %% ../../nbs/foundations/02_training.ipynb #3436d1ed
+# %% ../../nbs/foundations/02_training.ipynb #05c9809e
 def unwrap(model: nn.Module) -> nn.Module:
     "The module inside the wrappers of `torch.compile` and DistributedDataParallel."
     while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
@@ -449,7 +450,7 @@ def _match(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) 
                          f"other shapes {shapes[:4]} ({len(shapes)})")
     return {names[k]: v for k, v in given.items()}
 
-# %% ../../nbs/foundations/02_training.ipynb #4685c36b
+# %% ../../nbs/foundations/02_training.ipynb #cbba6455
 def write_tensors(
     tensors: Mapping[str, Tensor],
     path: str | Path,  # ends in .safetensors
@@ -479,7 +480,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
         value = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), value)
     return str(value)
 
-# %% ../../nbs/foundations/02_training.ipynb #1d82a02b
+# %% ../../nbs/foundations/02_training.ipynb #6355f79b
 def read_tensors(
     path: str | Path,  # a .safetensors file
 ) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors on the CPU, metadata
@@ -505,7 +506,7 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "The tensors whose names start with `prefix`, without it."
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-# %% ../../nbs/foundations/02_training.ipynb #f19f92ca
+# %% ../../nbs/foundations/02_training.ipynb #ec2c6fc9
 def save_weights(
     model: nn.Module,
     path: str | Path,  # ends in .safetensors
@@ -538,7 +539,7 @@ def _read_torch(path: str | Path) -> Mapping[str, Tensor]:
         raise ValueError(f"{str(path)!r} holds no state_dict (names and tensors)")
     return tensors
 
-# %% ../../nbs/foundations/02_training.ipynb #65ca6040
+# %% ../../nbs/foundations/02_training.ipynb #da82eba5
 class Checkpoint(Callback):
     """Writes `folder/step-00000500.safetensors` every so many steps and at the end.
 
@@ -576,7 +577,7 @@ class Checkpoint(Callback):
                 for old in {*files, *self.folder.glob("step-*.partial")} - {*stay}:
                     old.unlink(missing_ok=True)
 
-# %% ../../nbs/foundations/02_training.ipynb #a50c2869
+# %% ../../nbs/foundations/02_training.ipynb #734ea9ff
 def _check_weights(run: Run) -> None:
     "A finite loss can have a gradient that is not: such weights are never written."
     for name, p in run.model.named_parameters():
@@ -595,7 +596,7 @@ def write_checkpoint(
         write_tensors(tensors, path, metadata={"run": json.dumps(metadata)})
     run.accelerator.wait_for_everyone()
 
-# %% ../../nbs/foundations/02_training.ipynb #0b1a9407
+# %% ../../nbs/foundations/02_training.ipynb #d02880f2
 def _run_state(run: Run) -> tuple[dict[str, Tensor], dict]:
     "A run as tensors, and what JSON can hold."
     from accelerate.utils import gather_object
@@ -628,7 +629,7 @@ def _identity(run: Run) -> dict:
     return {"optimizer": type(inner).__name__, "batch_size": run.batches.batch_size,
             "images": len(run.batches.data)}
 
-# %% ../../nbs/foundations/02_training.ipynb #e7b3ae08
+# %% ../../nbs/foundations/02_training.ipynb #4d28f011
 def _parameter_names(run: Run) -> list[str]:
     "Names of the optimised parameters, in the optimiser's order."
     names = {id(p): _plain(name) for name, p in unwrap(run.model).named_parameters()}
@@ -665,7 +666,7 @@ def _set_random_state(device: torch.device, states: dict[str, Tensor], other: di
     kind, keys, *rest = other["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
 
-# %% ../../nbs/foundations/02_training.ipynb #6f9adeca
+# %% ../../nbs/foundations/02_training.ipynb #98d2dda4
 def load_checkpoint(
     run: Run,  # changed in place
     path: str | Path,  # a file that `Checkpoint` wrote
@@ -699,7 +700,7 @@ def load_checkpoint(
         _set_random_state(run.accelerator.device, _below(f"random.{rank}.", tensors),
                           state["random"][rank])
 
-# %% ../../nbs/foundations/02_training.ipynb #7dc91245
+# %% ../../nbs/foundations/02_training.ipynb #ca764450
 def _check_fits(run: Run, state: dict, path: str | Path) -> None:
     wrong = {k: (state["fits"][k], v) for k, v in _identity(run).items() if state["fits"][k] != v}
     if wrong:
@@ -725,7 +726,7 @@ def _optimizer_state(run: Run, tensors: Mapping[str, Tensor], path: str | Path) 
         state.setdefault(number[name], {})[what] = value
     return state
 
-# %% ../../nbs/foundations/02_training.ipynb #d41ae303
+# %% ../../nbs/foundations/02_training.ipynb #36ed380c
 def _resume(run: Run, resume: bool | str | Path) -> None:
     "Go on from a file, from the newest checkpoint, or from nothing; refuse to overwrite a run."
     if isinstance(resume, str | Path):
@@ -748,16 +749,24 @@ def _resume(run: Run, resume: bool | str | Path) -> None:
             if len(files) > 1 else ""
         raise ValueError(f"{error}{before}") from error
 
-# %% ../../nbs/foundations/02_training.ipynb #fa50e200
+# %% ../../nbs/foundations/02_training.ipynb #d5ec5ca6
 def make_accelerator():  # an accelerate.Accelerator
     "One process or many, on the device that accelerate finds; precision is the loop's own matter."
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
 
     # Without cpu=True, processes launched on a machine without GPUs do not see each other.
     cpu = "LOCAL_RANK" in os.environ and default_device().type == "cpu"
-    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[
-        DistributedDataParallelKwargs(broadcast_buffers=False)])  # `train_step` does that
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+    if accelerator.num_processes > 1:
+        atexit.unregister(_leave)
+        atexit.register(_leave)
+    return accelerator
+
+
+def _leave() -> None:
+    "Without a word to the others at its end, a process is now and then aborted by its own threads."
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _share(batches: Batches, accelerator) -> Batches:
@@ -777,7 +786,7 @@ def _share(batches: Batches, accelerator) -> Batches:
     share.data = share.data.to(accelerator.device)
     return share
 
-# %% ../../nbs/foundations/02_training.ipynb #04235264
+# %% ../../nbs/foundations/02_training.ipynb #e6924270
 def _length(batches: Batches, steps, epochs, warmup) -> tuple[int, int]:
     "Steps of the run, and of its warm-up."
     if (steps is None) == (epochs is None):
@@ -808,7 +817,7 @@ def _check(optimizer, lr, weight_decay, schedule, precision, clip, log_every) ->
         raise ValueError(f"log_every must be at least 1; got {log_every}")
     autocast(torch.device("cpu"), precision)
 
-# %% ../../nbs/foundations/02_training.ipynb #5873851f
+# %% ../../nbs/foundations/02_training.ipynb #276832f6
 def _start(model, batches, loss, optimizer, *, steps, callbacks, channels_last, seed) -> Run:
     "Model, optimiser and batches brought to this process's device."
     from accelerate.utils import set_seed
@@ -827,7 +836,7 @@ def _start(model, batches, loss, optimizer, *, steps, callbacks, channels_last, 
     return Run(model, objective, optimizer, _share(batches, accelerator), steps, accelerator,
                callbacks)
 
-# %% ../../nbs/foundations/02_training.ipynb #2f624f64
+# %% ../../nbs/foundations/02_training.ipynb #a4b6de13
 def _adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, fused=True)
 
@@ -864,7 +873,7 @@ def _tidy(optimizer: torch.optim.Optimizer, peaks: list[float]) -> None:
     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
         group["lr"] = peak
 
-# %% ../../nbs/foundations/02_training.ipynb #3102b45d
+# %% ../../nbs/foundations/02_training.ipynb #278adaf9
 def fit(
     model: nn.Module,  # trained in place; moved to the accelerator's device
     batches: Batches,  # of `ImageSet.batches`; the batch size is global
@@ -900,7 +909,7 @@ def fit(
     return _loop(run, partial(factor, steps=steps, warmup=warmup),
                  partial(train_step, precision=precision, clip=clip), resume, log_every)
 
-# %% ../../nbs/foundations/02_training.ipynb #83ce76ad
+# %% ../../nbs/foundations/02_training.ipynb #d5771f37
 def plot_history(
     history: History,
     *,
