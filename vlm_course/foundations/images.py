@@ -87,7 +87,7 @@ def composite(
     out = alpha * colour + (1 - alpha) * background
     return to_uint8(out) if images.dtype == torch.uint8 else out
 
-# %% ../../nbs/foundations/01_images.ipynb #2f51d1bf
+# %% ../../nbs/foundations/01_images.ipynb #9def8edb
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 
 
@@ -107,6 +107,7 @@ def use_course_style() -> None:
         formatters = get_ipython().display_formatter.formatters
     except NameError:  # a plain Python process
         return
+    plt.switch_backend(plt.get_backend())  # now: at the first figure it would undo the next lines
     formatters["image/png"].for_type(Figure, lambda figure: _draw(figure, "png"))
     formatters["image/svg+xml"].for_type(Figure, lambda figure: _draw(figure, "svg"))
 
