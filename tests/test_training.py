@@ -202,6 +202,9 @@ def test_every_flipped_bit_is_caught(tmp_path):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match=path.name):
             training.load_checkpoint(None, path)
+    path.write_bytes(good.replace(b'"crc32"', b'"crc33"'))
+    with pytest.raises(ValueError, match="damaged: its checksum"):
+        read_tensors(path)
     at = 8 + header + 10
     path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1:])
     with pytest.raises(ValueError, match="damaged: its checksum"):
@@ -281,6 +284,15 @@ def test_a_new_run_does_not_touch_the_checkpoints_of_an_old_one(tmp_path):
     with pytest.raises(FileExistsError, match="step-00000006.*resume=True"):
         short(callbacks=[checkpoint])
     assert files == {file: file.read_bytes() for file in checkpoint.files()}
+
+
+def test_going_back_drops_what_lies_ahead(tmp_path):
+    oldest = interrupted(tmp_path, keep=3).files()[0]
+    with pytest.raises(KeyboardInterrupt):
+        short(steps=10, resume=oldest,
+              callbacks=[Checkpoint(tmp_path, every=3, keep=3), runs.StopAt(4)])
+    assert [file.name for file in Checkpoint(tmp_path).files()] == [
+        "step-00000002.safetensors", "step-00000003.safetensors"]  # fmt: skip
 
 
 def test_a_finished_run_resumes_to_itself(tmp_path):
@@ -760,6 +772,11 @@ def test_evaluation_neither_moves_training_nor_its_random_numbers():
                   callbacks=[Evaluate("train", check, every=4)])
     assert watched.losses == plain.losses and modes == [False] * 4
     assert [step for step, _ in watched.evaluations["train"]] == [4, 8, 12, 15]
+
+
+def test_a_model_left_in_evaluation_mode_is_trained_in_training_mode():
+    model = runs.convnet().eval()
+    assert short(model).losses == short(runs.convnet()).losses and model.training
 
 
 def test_evaluation_gives_each_submodule_its_own_mode_back():

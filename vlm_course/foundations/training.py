@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'parameter_groups', 'count_parameters', 'cosine_schedule
            'read_tensors', 'unwrap', 'save_weights', 'load_weights', 'Checkpoint', 'write_checkpoint',
            'load_checkpoint', 'make_accelerator', 'fit', 'plot_history']
 
-# %% ../../nbs/foundations/02_training.ipynb #43b174f0
+# %% ../../nbs/foundations/02_training.ipynb #f8a770c3
 import atexit
 import copy
 import json
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from .images import PALETTE, Batches, default_device
 
-# %% ../../nbs/foundations/02_training.ipynb #5c030232
+# %% ../../nbs/foundations/02_training.ipynb #9cdbde73
 def parameter_groups(
     model: nn.Module,
     weight_decay: float,  # for matrices and kernels; vectors (biases, normalisation) get none
@@ -72,7 +72,7 @@ def constant_schedule(step: int, *, steps: int, warmup: int) -> float:
 
 SCHEDULES = {"cosine": cosine_schedule, "constant": constant_schedule}
 
-# %% ../../nbs/foundations/02_training.ipynb #22895a87
+# %% ../../nbs/foundations/02_training.ipynb #d57b8b1a
 @dataclass
 class History:
     "What a run recorded, one number a step."
@@ -111,7 +111,7 @@ class Callback:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         "Take back what `state_dict` gave."
 
-# %% ../../nbs/foundations/02_training.ipynb #bbfe86aa
+# %% ../../nbs/foundations/02_training.ipynb #93ecf46a
 @dataclass
 class Run:
     "A training run in progress: what a callback may read and change."
@@ -151,7 +151,7 @@ class Run:
             for name, value in zip(names, values, strict=True):
                 self.history.metrics.setdefault(name, []).append(value)
 
-# %% ../../nbs/foundations/02_training.ipynb #e4a29595
+# %% ../../nbs/foundations/02_training.ipynb #9a19ec08
 def _check_finite(loss: float, step: int, steps: int) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(f"loss is {loss} at step {step} of {steps}; checkpoints before "
@@ -186,7 +186,7 @@ class Objective(nn.Module):
         return value.reshape(()), {name: torch.as_tensor(metric, device=value.device).detach()
                                    .float() for name, metric in metrics.items()}
 
-# %% ../../nbs/foundations/02_training.ipynb #1edcaf95
+# %% ../../nbs/foundations/02_training.ipynb #5ab79117
 def classification_loss(
     model: nn.Module,  # images -> logits (B, K)
     images: Tensor,  # (B, C, H, W) float
@@ -223,7 +223,7 @@ def train_step(
             work.wait()
     run.pending.append((run.step + 1, rates[0], value.detach().float(), metrics))
 
-# %% ../../nbs/foundations/02_training.ipynb #c025659b
+# %% ../../nbs/foundations/02_training.ipynb #dd2ada0b
 def autocast_dtype(
     device: torch.device,  # where the model runs
 ) -> torch.dtype | None:
@@ -254,7 +254,7 @@ def autocast(
     dtype = {"auto": autocast_dtype(device), "bf16": torch.bfloat16, "fp32": None}[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
-# %% ../../nbs/foundations/02_training.ipynb #6684c153
+# %% ../../nbs/foundations/02_training.ipynb #581f5e65
 def model_on_device(
     model: nn.Module,  # moved in place
     device: torch.device,
@@ -280,7 +280,7 @@ def align_optimizer(
                 if torch.is_tensor(value) and value.shape == p.shape:
                     optimizer.state[p][name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
-# %% ../../nbs/foundations/02_training.ipynb #2d9de970
+# %% ../../nbs/foundations/02_training.ipynb #45776ef4
 @contextmanager
 def evaluation_mode(
     model: nn.Module,
@@ -310,7 +310,7 @@ def _outputs(model: nn.Module, batches: Batches, precision: str) -> Iterator[tup
                     outputs = model(images.to(device))
                 yield outputs.float(), labels.to(device)
 
-# %% ../../nbs/foundations/02_training.ipynb #9ff2ebd3
+# %% ../../nbs/foundations/02_training.ipynb #da5c5484
 def predict(
     model: nn.Module,
     batches: Batches,  # whether they shuffle makes no difference here
@@ -346,7 +346,7 @@ def accuracy(
         torch.distributed.all_reduce(hits)
     return float(hits[0] / hits[1])
 
-# %% ../../nbs/foundations/02_training.ipynb #d3888ed2
+# %% ../../nbs/foundations/02_training.ipynb #c0577eb0
 class Evaluate(Callback):
     "Records `function(model)` every so many steps and at the end, in `history.evaluations[name]`."
 
@@ -368,7 +368,7 @@ class Evaluate(Callback):
                 value = float(self.function(run.model))
             run.history.evaluations.setdefault(self.name, []).append((run.step, value))
 
-# %% ../../nbs/foundations/02_training.ipynb #385ac301
+# %% ../../nbs/foundations/02_training.ipynb #09d8cef6
 class Progress(Callback):
     "A plain-text progress bar on stderr, for runs of over a second, from the main process only."
 
@@ -391,7 +391,7 @@ class Progress(Callback):
         "Close it."
         self.bar.close()
 
-# %% ../../nbs/foundations/02_training.ipynb #fd4ae9f7
+# %% ../../nbs/foundations/02_training.ipynb #b63e5531
 class EMA(Callback):
     """Exponential moving average of weights and buffers, kept in `self.model` for evaluation.
 
@@ -426,7 +426,7 @@ class EMA(Callback):
         "Take the averages back."
         self.model.load_state_dict(_match(self.model, state, "EMA"))
 
-# %% ../../nbs/foundations/02_training.ipynb #d638f7d8
+# %% ../../nbs/foundations/02_training.ipynb #5646ebdf
 def write_tensors(
     tensors: Mapping[str, Tensor],
     path: str | Path,  # ends in .safetensors
@@ -456,7 +456,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
         value = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), value)
     return str(value)
 
-# %% ../../nbs/foundations/02_training.ipynb #d33a104c
+# %% ../../nbs/foundations/02_training.ipynb #c1550290
 def read_tensors(
     path: str | Path,  # a .safetensors file
 ) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors on the CPU, metadata
@@ -482,7 +482,7 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "The tensors whose names start with `prefix`, without it."
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-# %% ../../nbs/foundations/02_training.ipynb #9cd451f2
+# %% ../../nbs/foundations/02_training.ipynb #2ebab538
 def unwrap(model: nn.Module) -> nn.Module:
     "The module inside the wrappers of `torch.compile` and DistributedDataParallel."
     while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
@@ -513,7 +513,7 @@ def _match(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) 
                          f"other shapes {shapes[:4]} ({len(shapes)})")
     return {names[k]: v for k, v in given.items()}
 
-# %% ../../nbs/foundations/02_training.ipynb #596e578c
+# %% ../../nbs/foundations/02_training.ipynb #07668ede
 def save_weights(
     model: nn.Module,
     path: str | Path,  # ends in .safetensors
@@ -546,7 +546,7 @@ def _read_torch(path: str | Path) -> Mapping[str, Tensor]:
         raise ValueError(f"{str(path)!r} holds no state_dict (names and tensors)")
     return tensors
 
-# %% ../../nbs/foundations/02_training.ipynb #ae8accb3
+# %% ../../nbs/foundations/02_training.ipynb #c0103e0a
 class Checkpoint(Callback):
     """Writes `folder/step-00000500.safetensors` every so many steps and at the end.
 
@@ -584,7 +584,7 @@ class Checkpoint(Callback):
                 for old in {*files, *self.folder.glob("step-*.partial")} - {*stay}:
                     old.unlink(missing_ok=True)
 
-# %% ../../nbs/foundations/02_training.ipynb #e07461b2
+# %% ../../nbs/foundations/02_training.ipynb #91be9c8c
 def write_checkpoint(
     run: Run,
     path: str | Path,  # ends in .safetensors
@@ -622,7 +622,7 @@ def _labelled(callbacks: list[Callback]) -> list[tuple[str, Callback]]:
         seen[name] = seen.get(name, 0) + 1
     return pairs
 
-# %% ../../nbs/foundations/02_training.ipynb #40ab676e
+# %% ../../nbs/foundations/02_training.ipynb #1177835f
 def _run_state(run: Run) -> tuple[dict[str, Tensor], dict]:
     "A run as tensors, and what JSON can hold."
     from accelerate.utils import gather_object
@@ -655,7 +655,7 @@ def _parameter_names(run: Run) -> list[str]:
     every = [p for group in run.optimizer.param_groups for p in group["params"]]
     return [names.get(id(p), f"#{i}") for i, p in enumerate(every)]
 
-# %% ../../nbs/foundations/02_training.ipynb #a4bef1d6
+# %% ../../nbs/foundations/02_training.ipynb #3490506e
 def load_checkpoint(
     run: Run,  # changed in place
     path: str | Path,  # a file that `Checkpoint` wrote
@@ -689,7 +689,7 @@ def load_checkpoint(
         _set_random_state(run.accelerator.device, _below(f"random.{rank}.", tensors),
                           state["random"][rank])
 
-# %% ../../nbs/foundations/02_training.ipynb #f79ae8e0
+# %% ../../nbs/foundations/02_training.ipynb #e4e26e19
 def _check_fits(run: Run, state: dict, path: str | Path) -> None:
     wrong = {k: (state["fits"][k], v) for k, v in _identity(run).items() if state["fits"][k] != v}
     if wrong:
@@ -715,7 +715,7 @@ def _optimizer_state(run: Run, tensors: Mapping[str, Tensor], path: str | Path) 
         state.setdefault(number[name], {})[what] = value
     return state
 
-# %% ../../nbs/foundations/02_training.ipynb #84b5d1f8
+# %% ../../nbs/foundations/02_training.ipynb #011ac4b9
 def _resume(run: Run, resume: bool | str | Path) -> None:
     "Go on from a file, from the newest checkpoint, or from nothing; refuse to overwrite a run."
     if isinstance(resume, str | Path):
@@ -748,7 +748,7 @@ def _set_random_state(device: torch.device, states: dict[str, Tensor], other: di
     kind, keys, *rest = other["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
 
-# %% ../../nbs/foundations/02_training.ipynb #0ceb87ab
+# %% ../../nbs/foundations/02_training.ipynb #f9d49fba
 def make_accelerator():  # an accelerate.Accelerator
     "One process or many, on the device that accelerate finds; precision is the loop's own matter."
     from accelerate import Accelerator
@@ -785,7 +785,7 @@ def _share(batches: Batches, accelerator) -> Batches:
     share.data = share.data.to(accelerator.device)
     return share
 
-# %% ../../nbs/foundations/02_training.ipynb #160b8edb
+# %% ../../nbs/foundations/02_training.ipynb #bbf28330
 def _length(batches: Batches, steps, epochs, warmup) -> tuple[int, int]:
     "Steps of the run, and of its warm-up."
     if (steps is None) == (epochs is None):
@@ -816,7 +816,7 @@ def _check(optimizer, lr, weight_decay, schedule, precision, clip, log_every) ->
         raise ValueError(f"log_every must be at least 1; got {log_every}")
     autocast(torch.device("cpu"), precision)
 
-# %% ../../nbs/foundations/02_training.ipynb #c4d938f7
+# %% ../../nbs/foundations/02_training.ipynb #108f53e1
 def _adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, fused=True)
 
@@ -853,7 +853,7 @@ def _tidy(optimizer: torch.optim.Optimizer, peaks: list[float]) -> None:
     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
         group["lr"] = peak
 
-# %% ../../nbs/foundations/02_training.ipynb #94f3976d
+# %% ../../nbs/foundations/02_training.ipynb #4d8be364
 def _start(model, batches, loss, optimizer, *, steps, callbacks, channels_last, seed) -> Run:
     "Model, optimiser and batches brought to this process's device."
     from accelerate.utils import set_seed
@@ -872,7 +872,7 @@ def _start(model, batches, loss, optimizer, *, steps, callbacks, channels_last, 
     return Run(model, objective, optimizer, _share(batches, accelerator), steps, accelerator,
                callbacks)
 
-# %% ../../nbs/foundations/02_training.ipynb #f2c422d9
+# %% ../../nbs/foundations/02_training.ipynb #1e3da57e
 def fit(
     model: nn.Module,  # trained in place; moved to the accelerator's device
     batches: Batches,  # of `ImageSet.batches`; the batch size is global
@@ -908,7 +908,7 @@ def fit(
     return _loop(run, partial(factor, steps=steps, warmup=warmup),
                  partial(train_step, precision=precision, clip=clip), resume, log_every)
 
-# %% ../../nbs/foundations/02_training.ipynb #d11aa9a6
+# %% ../../nbs/foundations/02_training.ipynb #eb47d707
 def plot_history(
     history: History,
     *,
