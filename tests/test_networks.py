@@ -249,7 +249,8 @@ def test_resnets_of_odd_sizes(widths, stem, block):
     assert len(model.intermediates(torch.randn(1, 2, 28, 28))) == len(widths)
 
 
-@pytest.mark.parametrize("size, patch, dim, heads, channels", [(28, 7, 10, 1, 1), (15, 5, 12, 6, 4)])
+@pytest.mark.parametrize("size, patch, dim, heads, channels",
+                         [(28, 7, 10, 1, 1), (15, 5, 12, 6, 4)])
 def test_vits_of_odd_sizes(size, patch, dim, heads, channels):
     config = ViTConfig(image_size=size, patch_size=patch, dim=dim, depth=2, num_heads=heads,
                        in_channels=channels, num_classes=5)
@@ -323,7 +324,7 @@ def test_traces_as_one_graph(config, images):
     torch.testing.assert_close(compiled(images), model(images))
 
 
-# ------------------------------------------------------------------------------------------ refusals
+# -------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize("make, message", [

@@ -1,4 +1,4 @@
-"""The training loop: what a run records, what survives a kill, what is refused and in which words."""
+"""The training loop: what a run records, what survives a kill, what is refused in which words."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def unbroken(tmp_path_factory) -> Path:
 
 
 def start(folder: Path):
-    """The long run in a process of its own, forked from a clean server: real, and quick to start."""
+    """The long run in a process of its own, forked from a clean server: real and quick."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training_runs", "accelerate", "tqdm", "safetensors.torch"])
     process = context.Process(target=runs.long_run, args=(folder,), daemon=True)
@@ -229,7 +229,8 @@ def test_a_checkpoint_of_another_model_names_the_keys(tmp_path, model):
 
 
 def test_weights_that_do_not_fit_are_named_by_kind(tmp_path):
-    path = save_weights(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), tmp_path / "w.safetensors")
+    small = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    path = save_weights(small, tmp_path / "w.safetensors")
     with pytest.raises(ValueError) as error:
         load_weights(nn.Sequential(nn.Linear(3, 5), nn.Identity(), nn.Linear(2, 2)), path)
     words = str(error.value)
@@ -396,7 +397,8 @@ def test_a_torch_file_of_tensors_loads(tmp_path):
     assert equal(load_weights(runs.convnet(9), tmp_path / "w.pt").state_dict(), model.state_dict())
     wrapped = {f"module.{k}": v for k, v in model.state_dict().items()}
     torch.save(wrapped, tmp_path / "ddp.pt")
-    assert equal(load_weights(runs.convnet(9), tmp_path / "ddp.pt").state_dict(), model.state_dict())
+    loaded = load_weights(runs.convnet(9), tmp_path / "ddp.pt")
+    assert equal(loaded.state_dict(), model.state_dict())
     torch.save({"epoch": 3}, tmp_path / "no.pt")
     with pytest.raises(ValueError, match="no.pt.*no state_dict"):
         load_weights(model, tmp_path / "no.pt")
@@ -417,7 +419,8 @@ def test_a_submodule_called_module_keeps_its_name(tmp_path):
 
 
 def test_all_kinds_of_tensors_survive(tmp_path):
-    tensors = {"empty": torch.zeros(0, 3), "scalar": torch.tensor(1.5), "flag": torch.tensor([True]),
+    tensors = {"empty": torch.zeros(0, 3), "scalar": torch.tensor(1.5),
+               "flag": torch.tensor([True]),
                "half": torch.randn(3).bfloat16(), "layout": torch.randn(2, 3, 4, 4).to(
                    memory_format=torch.channels_last), "view": torch.arange(10)[::2]}
     read, metadata = read_tensors(write_tensors(tensors, tmp_path / "a" / "x.safetensors",
@@ -767,7 +770,8 @@ def test_evaluation_neither_moves_training_nor_its_random_numbers():
         modes.append(model.training)
         return accuracy(model, data)  # the training batches themselves
 
-    plain = fit(runs.convnet(), batches(transform=runs.noisy), classification_loss, steps=15, seed=1)
+    plain = fit(runs.convnet(), batches(transform=runs.noisy), classification_loss, steps=15,
+                seed=1)
     watched = fit(runs.convnet(), data, classification_loss, steps=15, seed=1,
                   callbacks=[Evaluate("train", check, every=4)])
     assert watched.losses == plain.losses and modes == [False] * 4

@@ -569,6 +569,7 @@ def check_module_imports(paths: list[Path], *keys: str) -> list[Finding]:
         Finding(path, f"imports {name}, not in {', '.join(keys)} of settings.ini")
         for path in paths
         for name in undeclared(path.read_text(encoding="utf-8"), declared(*keys))
+        if not path.with_name(f"{name}.py").exists()  # a script beside it
     ]
 
 

@@ -6,7 +6,7 @@
 __all__ = ['rotations', 'rotation_loss', 'rotation_probabilities', 'rotation_accuracy', 'pool_maps', 'layer_features',
            'ridge_classifier', 'linear_probe', 'nearest_neighbours']
 
-# %% ../../nbs/self_supervised/01_rotation.ipynb #7150fe1c
+# %% ../../nbs/self_supervised/01_rotation.ipynb #aef868ae
 from collections.abc import Iterable
 
 import torch
@@ -18,7 +18,7 @@ from ..foundations.images import check_images
 from ..foundations.networks import evaluating
 from ..foundations.training import autocast
 
-# %% ../../nbs/self_supervised/01_rotation.ipynb #3f764c53
+# %% ../../nbs/self_supervised/01_rotation.ipynb #6e000400
 def rotations(
     images: Tensor,  # (B, C, n, n) float, square
 ) -> tuple[Tensor, Tensor]:  # views (4B, C, n, n), and turns (4B,) int64 in 0..3
@@ -41,7 +41,7 @@ def rotations(
     views = torch.cat([torch.rot90(images, k, (2, 3)) for k in range(4)])  # (4B, C, n, n)
     return views, torch.arange(4, device=images.device).repeat_interleave(count)
 
-# %% ../../nbs/self_supervised/01_rotation.ipynb #260033ec
+# %% ../../nbs/self_supervised/01_rotation.ipynb #0a172b75
 def rotation_loss(
     model: nn.Module,  # views -> logits (4B, 4)
     images: Tensor,  # (B, C, n, n) float
@@ -59,7 +59,7 @@ def rotation_loss(
     accuracy = (logits.detach().argmax(1) == turns).float().mean()
     return F.cross_entropy(logits, turns), {"rotation_accuracy": accuracy}
 
-# %% ../../nbs/self_supervised/01_rotation.ipynb #a2bebac9
+# %% ../../nbs/self_supervised/01_rotation.ipynb #56d0ae42
 @torch.no_grad()
 def rotation_probabilities(
     model: nn.Module,  # views -> logits (4B, 4)
@@ -87,7 +87,7 @@ def rotation_accuracy(
     believed = rotation_probabilities(model, batches, precision=precision).argmax(2)  # (N, 4)
     return (believed == torch.arange(4)).double().mean().item()
 
-# %% ../../nbs/self_supervised/01_rotation.ipynb #7c6a5862
+# %% ../../nbs/self_supervised/01_rotation.ipynb #4354ca3b
 def pool_maps(
     maps: Tensor,  # a layer's output: (B, C, H, W), tokens (B, L, D), or vectors (B, D)
     pool: int = 2,  # cells of the grid a side
@@ -126,7 +126,7 @@ def layer_features(
         raise ValueError("batches must hold at least one image; got none")
     return {name: torch.cat(parts) for name, parts in collected.items()}
 
-# %% ../../nbs/self_supervised/01_rotation.ipynb #8bc4cd0c
+# %% ../../nbs/self_supervised/01_rotation.ipynb #9d198241
 def _check_features(features: Tensor, labels: Tensor, name: str) -> tuple[Tensor, Tensor]:
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise ValueError(f"{name}_features must be (N, D) and {name}_labels (N,); got "
@@ -167,7 +167,7 @@ def ridge_classifier(
     head.bias.copy_(prior - mean @ W)
     return head
 
-# %% ../../nbs/self_supervised/01_rotation.ipynb #325402e0
+# %% ../../nbs/self_supervised/01_rotation.ipynb #0a48cd6a
 def linear_probe(
     train_features: Tensor,  # (N, D) float
     train_labels: Tensor,  # (N,) int64
@@ -184,7 +184,7 @@ def linear_probe(
                          f"got {test_features.shape[1]}")
     return (head(test_features).argmax(1) == test_labels).double().mean().item()
 
-# %% ../../nbs/self_supervised/01_rotation.ipynb #61fff718
+# %% ../../nbs/self_supervised/01_rotation.ipynb #67aa5de3
 def nearest_neighbours(
     queries: Tensor,  # (Q, D) float
     bank: Tensor,  # (M, D) float
