@@ -23,6 +23,7 @@ from vlm_course.foundations.networks import (
     ViTConfig,
     attention_maps,
     effective_receptive_field,
+    evaluating,
     from_torchvision_vit,
     multiply_adds,
     receptive_field,
@@ -267,6 +268,27 @@ def test_visible_tokens_go_through_the_blocks(images):
     other = model.encode(model.add_class_token(tokens[:, [1, 9, 3]]))
     assert visible.shape == (2, 4, 24)
     torch.testing.assert_close(visible[:, [0, 2, 3, 1]], other)  # positions travel with tokens
+
+
+@torch.no_grad()
+def test_without_positions_a_move_by_a_patch_changes_nothing(images):
+    model = build(SMALL_VIT).eval()
+    nn.init.normal_(model.pos_embed)
+    nn.init.normal_(model.head.weight)
+    assert not torch.allclose(model(images.roll(8, -1)), model(images), atol=1e-3)
+    model.pos_embed.zero_()
+    torch.testing.assert_close(model(images.roll(8, -1)), model(images), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(model(images.roll(4, -1)), model(images), atol=0.1)
+
+
+def test_evaluating_puts_modes_back_after_an_error(model):
+    model.train()
+    next(model.children()).eval()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(RuntimeError, match="inside"), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise RuntimeError("inside")
+    assert [module.training for module in model.modules()] == before
 
 
 def test_attention_maps(images):
