@@ -80,6 +80,12 @@ def stream(text: str, name: str = "stdout"):
 
 
 HOME = "/" + "home/ada/pictures"
+def chapter(prose: int, cells: int, *, words: int) -> list:
+    """`prose` markdown cells of `words` words each, and `cells` code cells."""
+    texts = [new_markdown_cell("word " * words) for _ in range(prose)]
+    return texts + [code("x = 1") for _ in range(cells)]
+
+
 BROKEN = {
     "no title": (notebooks.check_title, [code("1")]),
     "more than a title": (notebooks.check_title, [new_markdown_cell("# T\n\n> d\n\nObjectives")]),
@@ -110,6 +116,11 @@ BROKEN = {
         [code("1", stream("50%", "stderr"), tags=("nbval-check-output",))],
     ),
     "nothing to compare": (notebooks.check_compared, [code("1;", tags=("nbval-check-output",))]),
+    "59 cells": (notebooks.check_shape, chapter(37, 22, words=60)),
+    "111 cells": (notebooks.check_shape, chapter(67, 44, words=36)),
+    "more code than prose": (notebooks.check_shape, chapter(50, 50, words=60)),
+    "1,980 words": (notebooks.check_shape, chapter(60, 40, words=33)),
+    "4,020 words": (notebooks.check_shape, chapter(60, 40, words=67)),
     "41 lines": (notebooks.check_length, [code("x = 1\n" * 41)]),
     "101 columns": (notebooks.check_width, [code("x" * 101)]),
     "over 2 MB": (notebooks.check_size, [new_markdown_cell("x" * 2_000_001)]),
@@ -158,8 +169,21 @@ def test_good_notebook_has_no_finding(make_notebook):
         code("1 + 1", tags=("nbval-check-output",), count=None),
     )
     assert notebooks.run([path]) == 0
-    found = [check(path, notebooks.read(path)) for check in notebooks.NOTEBOOK_CHECKS]
-    assert words(sum(found, [])) == []
+    checks = set(notebooks.NOTEBOOK_CHECKS) - {notebooks.check_shape}
+    assert words(sum([check(path, notebooks.read(path)) for check in checks], [])) == []
+
+
+def test_shape_is_asked_of_chapters_alone(make_notebook):
+    path = make_notebook(*chapter(3, 1, words=60))
+    assert notebooks.check_shape(path, notebooks.read(path))
+    (page := path.with_name("train.ipynb")).write_text(path.read_text())
+    assert not notebooks.check_shape(page, notebooks.read(page))
+
+
+def test_code_and_displayed_equations_are_not_words(make_notebook):
+    text = "one two\n\n$$\nx + y\n$$ {#eq-x}\n\n```python\na b c\n```"
+    path = make_notebook(new_markdown_cell(text))
+    assert notebooks.prose_words(notebooks.read(path)) <= 4  # the label and the empty fence count
 
 
 def test_two_notebooks_with_one_module_are_reported(make_notebook):

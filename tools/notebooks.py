@@ -29,6 +29,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES, MAX_COLUMNS, MAX_BYTES = 40, 100, 2_000_000
 KERNELSPEC = {"display_name": "python3", "language": "python", "name": "python3"}
+CHAPTER_CELLS, CHAPTER_PROSE, CHAPTER_WORDS = (60, 110), (0.57, 0.75), (2_000, 4_000)
 PICTURES = {"image/png", "image/jpeg", "image/svg+xml"}
 WIDGETS = {
     "application/vnd.jupyter.widget-view+json",
@@ -348,6 +349,35 @@ def check_length(path: Path, notebook) -> list[Finding]:
     ]
 
 
+def prose_words(notebook) -> int:
+    """Words of the markdown cells, without code and displayed equations."""
+    texts = (without_code(cell.source) for _, cell in markdown_cells(notebook))
+    return sum(len(re.sub(r"\$\$.*?\$\$", "", text, flags=re.DOTALL).split()) for text in texts)
+
+
+def is_chapter(path: Path) -> bool:
+    """Whether a page teaches: the numbered ones do, except for the appendix's reference pages."""
+    return Path(path).name[:1].isdigit() and Path(path).parent.name != "appendix"
+
+
+def check_shape(path: Path, notebook) -> list[Finding]:
+    """A chapter that can be read in one sitting, and has more words than code."""
+    if not is_chapter(path):
+        return []
+    cells, words = len(notebook.cells), prose_words(notebook)
+    share = len(markdown_cells(notebook)) / max(1, cells)
+    wanted = {
+        f"{cells} cells": (cells, CHAPTER_CELLS),
+        f"{share:.0%} of the cells are prose": (share, CHAPTER_PROSE),
+        f"{words} words of prose": (words, CHAPTER_WORDS),
+    }
+    return [
+        Finding(path, f"{what}; a chapter has {low} to {high}")
+        for what, (value, (low, high)) in wanted.items()
+        if not low <= value <= high
+    ]
+
+
 def check_width(path: Path, notebook) -> list[Finding]:
     """Lines of code that fit on a page; `#|` options may be longer."""
     return [
@@ -539,6 +569,7 @@ NOTEBOOK_CHECKS = (
     check_alt_text,
     check_compared,
     check_length,
+    check_shape,
     check_width,
     check_size,
     check_maths,
