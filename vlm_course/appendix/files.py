@@ -7,7 +7,7 @@ __all__ = ['MAX_PIXELS', 'SUFFIXES', 'SPLITS', 'UNREAD', 'OFFLINE', 'EMOJI_STYLE
            'TORCHVISION', 'read_image', 'height_and_width', 'fit_to', 'read_images', 'read_folder', 'data_folder',
            'read_emoji', 'read_photos', 'read_fashion_mnist', 'read_torchvision', 'check_fields']
 
-# %% ../../nbs/appendix/01_files.ipynb #dd5e1fd2
+# %% ../../nbs/appendix/01_files.ipynb #153f2a01
 import csv
 import gzip
 import operator
@@ -23,7 +23,7 @@ from einops import rearrange
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-# %% ../../nbs/appendix/01_files.ipynb #e95b0231
+# %% ../../nbs/appendix/01_files.ipynb #9d93441b
 MAX_PIXELS = 64_000_000  # a larger picture is refused before it is decoded
 
 
@@ -60,7 +60,7 @@ def read_image(
             reason = f"more than max_pixels={max_pixels} pixels (a decompression bomb?)"
         raise ValueError(f"cannot read image {str(path)!r}: {reason}") from error
 
-# %% ../../nbs/appendix/01_files.ipynb #a7dc6981
+# %% ../../nbs/appendix/01_files.ipynb #e72e6f94
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     "The picture in one of three modes; the order of the steps matters."
     if image.mode == "I" or image.mode.startswith("I;16"):  # 16-bit grey: 65535 is white
@@ -72,7 +72,7 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
 
-# %% ../../nbs/appendix/01_files.ipynb #7b53bc5c
+# %% ../../nbs/appendix/01_files.ipynb #55b96db3
 def height_and_width(
     size: int | Sequence[int],  # one number of pixels for both, or (height, width)
 ) -> tuple[int, int]:  # (height, width)
@@ -96,7 +96,7 @@ def fit_to(
     height, width = height_and_width(size)
     return ImageOps.fit(image, (width, height), method=Image.Resampling.BILINEAR)
 
-# %% ../../nbs/appendix/01_files.ipynb #1e84857e
+# %% ../../nbs/appendix/01_files.ipynb #34699c28
 def read_images(
     files: list[Path],  # at least one
     *,
@@ -131,7 +131,7 @@ def read_images(
     pixels = np.stack(pictures).reshape(len(pictures), *sizes[0], -1)  # (N, H, W, C)
     return rearrange(torch.from_numpy(pixels), "n h w c -> n c h w").contiguous(), kept, skipped
 
-# %% ../../nbs/appendix/01_files.ipynb #c402f27f
+# %% ../../nbs/appendix/01_files.ipynb #90f8df6d
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff",
             ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2"}
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}  # folders that are no classes
@@ -162,7 +162,7 @@ def _places(files: list[Path], root: Path, split: str | None) -> list[tuple[str,
     return [(p[0] if c else "", p[c] if len(p) > c + 1 else alone)
             for p, c in zip(parts, cut, strict=True)]
 
-# %% ../../nbs/appendix/01_files.ipynb #49366a11
+# %% ../../nbs/appendix/01_files.ipynb #a76c23c8
 def read_folder(
     folder: str | Path,  # holds pictures, or one subfolder of pictures a class
     *,
@@ -198,7 +198,7 @@ def read_folder(
             "classes": classes, "name": Path(os.path.abspath(root)).name, "table": table,
             "skipped": skipped}
 
-# %% ../../nbs/appendix/01_files.ipynb #3500e544
+# %% ../../nbs/appendix/01_files.ipynb #6bf044a2
 OFFLINE = ("emoji", "photos", "fashion_mnist")  # the sets that ship with the course
 
 
@@ -234,7 +234,7 @@ def _in_split(rows: list[dict], split: str, name: str) -> list[int]:
         raise ValueError(f"split of {name!r} must be one of {[*splits, 'all']}; got {split!r}")
     return [i for i, row in enumerate(rows) if split in (row["split"], "all")]
 
-# %% ../../nbs/appendix/01_files.ipynb #30961dae
+# %% ../../nbs/appendix/01_files.ipynb #06bd1738
 EMOJI_STYLES = ("noto", "twemoji", "openmoji", "fluent3d")
 
 
@@ -263,7 +263,7 @@ def read_emoji(
     labels = torch.tensor([classes.index(group) for group in table["group"]])
     return {"images": images, "labels": labels, "classes": classes, "name": "emoji", "table": table}
 
-# %% ../../nbs/appendix/01_files.ipynb #007f4aeb
+# %% ../../nbs/appendix/01_files.ipynb #d5e94f2a
 def read_photos(
     *,
     size: int | tuple[int, int],  # (height, width) in pixels: photographs differ, so say which
@@ -286,7 +286,7 @@ def read_photos(
     return {"images": images, "labels": labels, "classes": classes, "name": "photos",
             "table": table, "skipped": skipped}
 
-# %% ../../nbs/appendix/01_files.ipynb #1a5bed34
+# %% ../../nbs/appendix/01_files.ipynb #bf2100a7
 FASHION_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
                    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 FULL_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package
@@ -308,7 +308,7 @@ def _fashion_part(part: str, full: bool) -> tuple[np.ndarray, np.ndarray]:
     with np.load(data_folder("fashion_mnist") / "fashion_mnist.npz", allow_pickle=False) as stored:
         return stored[f"{part}_images"], stored[f"{part}_labels"]
 
-# %% ../../nbs/appendix/01_files.ipynb #cde8751b
+# %% ../../nbs/appendix/01_files.ipynb #91d7f09d
 def read_fashion_mnist(
     *,
     split: str = "train",  # "train", "test" or "all"
@@ -327,7 +327,7 @@ def read_fashion_mnist(
             "labels": torch.from_numpy(np.concatenate(labels)).long(),
             "classes": FASHION_CLASSES, "name": "FashionMNIST" if full else "fashion_mnist"}
 
-# %% ../../nbs/appendix/01_files.ipynb #a156f36e
+# %% ../../nbs/appendix/01_files.ipynb #30871b1d
 TORCHVISION = {  # class name in torchvision.datasets: keyword arguments of each split
     "MNIST": {"train": {"train": True}, "test": {"train": False}},
     "FashionMNIST": {"train": {"train": True}, "test": {"train": False}},
@@ -355,7 +355,7 @@ def _open_torchvision(name: str, root: Path, arguments: dict):
         raise ConnectionError(f"{name!r} is not in {str(root)!r} and cannot be downloaded "
                               f"({error}); without a network use one of {OFFLINE}") from error
 
-# %% ../../nbs/appendix/01_files.ipynb #124da7bf
+# %% ../../nbs/appendix/01_files.ipynb #51880008
 def read_torchvision(
     name: str,  # one of `TORCHVISION`
     *,
@@ -390,7 +390,7 @@ def read_torchvision(
     return {"images": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), "labels": labels,
             "classes": [str(c) for c in classes], "name": name}
 
-# %% ../../nbs/appendix/01_files.ipynb #5832c0ab
+# %% ../../nbs/appendix/01_files.ipynb #5bb749e2
 def check_fields(
     images: Tensor,  # (N, C, H, W)
     labels: Tensor,  # (N,) int64, indices into `classes`

@@ -8,7 +8,7 @@ __all__ = ['PALETTE', 'DPI', 'GAP', 'check_images', 'to_float', 'to_uint8', 'def
            'load_emoji', 'load_photos', 'load_fashion_mnist', 'load_folder', 'load_torchvision', 'nearest', 'load',
            'channel_statistics', 'normalize', 'denormalize']
 
-# %% ../../nbs/foundations/01_images.ipynb #8f10a7d1
+# %% ../../nbs/foundations/01_images.ipynb #abbb5685
 import copy
 import io
 import os
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..appendix import files
 
-# %% ../../nbs/foundations/01_images.ipynb #46508b90
+# %% ../../nbs/foundations/01_images.ipynb #0bee4cb0
 def check_images(
     images: Tensor,  # what a caller passed as images
     *,
@@ -65,7 +65,7 @@ def default_device() -> torch.device:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     return torch.device("cuda" if cuda else "mps" if mps else "cpu")
 
-# %% ../../nbs/foundations/01_images.ipynb #9bc08e48
+# %% ../../nbs/foundations/01_images.ipynb #e30d45b2
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 
 
@@ -105,7 +105,7 @@ def _draw(figure, kind: str) -> bytes | str | None:
     picture.save(out := io.BytesIO(), "PNG", optimize=True)
     return out.getvalue()
 
-# %% ../../nbs/foundations/01_images.ipynb #d82eee4b
+# %% ../../nbs/foundations/01_images.ipynb #c4bee8a5
 def resize_matrix(
     old: int,  # pixels along one side
     new: int,  # pixels wanted
@@ -136,7 +136,7 @@ def resize(
                         antialias=antialias, align_corners=False)
     return (out.round_().clamp_(0, 255) if images.dtype == torch.uint8 else out).to(images.dtype)
 
-# %% ../../nbs/foundations/01_images.ipynb #ae80f80e
+# %% ../../nbs/foundations/01_images.ipynb #93cb469d
 def _colour_and_alpha(images: Tensor) -> tuple[Tensor, Tensor]:
     "Float colours (B, 3, H, W) and alpha (B, 1, H, W), or a `ValueError` if there is no alpha."
     check_images(images, dtype="either")
@@ -172,7 +172,7 @@ def resize_rgba(
     out = torch.cat([(colour / alpha.clamp_min(1e-6)).clamp(0, 1), alpha], dim=1)
     return to_uint8(out) if images.dtype == torch.uint8 else out
 
-# %% ../../nbs/foundations/01_images.ipynb #f8431bae
+# %% ../../nbs/foundations/01_images.ipynb #16d1cd3f
 DPI, GAP = 150, 8  # of a grid of pictures: dots an inch, and dots between pictures
 
 
@@ -201,7 +201,7 @@ def _wrap(texts: Sequence[str], dots: int, points: float) -> list[str]:
     letters = max(4, int(dots / (0.62 * points * DPI / 72)))
     return ["\n".join(textwrap.wrap(str(text), letters)) for text in texts]
 
-# %% ../../nbs/foundations/01_images.ipynb #7a090df1
+# %% ../../nbs/foundations/01_images.ipynb #240f1968
 def show_images(
     images: "Tensor | ImageSet",  # (N, C, H, W), C = 1, 3 or 4, uint8 or float in [0, 1]
     *,
@@ -241,7 +241,7 @@ def show_images(
     plt.close(figure)
     return figure
 
-# %% ../../nbs/foundations/01_images.ipynb #69fc6d19
+# %% ../../nbs/foundations/01_images.ipynb #45e68b4f
 class RowBatches:
     "Row numbers in batches, with a seed for each batch; every `for` loop over it is one epoch."
 
@@ -278,7 +278,7 @@ class RowBatches:
             self._position = position + 1
             yield order[position * self.batch_size:][:self.batch_size], seed + 1 + position
 
-# %% ../../nbs/foundations/01_images.ipynb #3a3dcd51
+# %% ../../nbs/foundations/01_images.ipynb #cdcaea26
 class Batches(RowBatches):
     "Epochs of (images, labels): float32 (B, C, H, W) in [0, 1] after `transform`, and int64 (B,)."
 
@@ -317,7 +317,7 @@ class Batches(RowBatches):
         self.generator.set_state(state["generator"])
         self._resumed = state["generator"] if 0 < state["position"] < len(self) else None
 
-# %% ../../nbs/foundations/01_images.ipynb #805f88f5
+# %% ../../nbs/foundations/01_images.ipynb #6ea24220
 def _distinct(values: Sequence) -> list:
     "The distinct values in order; None, for what is unknown, comes last."
     return sorted(set(values), key=lambda value: (value is None, value))
@@ -357,7 +357,7 @@ class Columns:
         return (f"ImageSet({self.name!r}: {len(self)} x {tuple(self.images.shape[1:])} uint8, "
                 f"{len(self.classes)} classes{columns})")
 
-# %% ../../nbs/foundations/01_images.ipynb #ee8570f4
+# %% ../../nbs/foundations/01_images.ipynb #325bce8d
 class Parts:
     "Taking a part of an `ImageSet`: chosen images, or two random halves."
 
@@ -393,7 +393,7 @@ class Parts:
         keep = np.array([value in first for value in values], dtype=bool)
         return self[keep], self[~keep]
 
-# %% ../../nbs/foundations/01_images.ipynb #ca3e35ea
+# %% ../../nbs/foundations/01_images.ipynb #e674ad25
 @dataclass(repr=False)
 class ImageSet(Parts, Columns):
     "Labelled pictures of one size, held in memory as uint8; indexing gives a smaller `ImageSet`."
@@ -434,7 +434,7 @@ class ImageSet(Parts, Columns):
         return Batches(self, batch_size, generator=generator, shuffle=shuffle,
                        drop_last=drop_last, transform=transform)
 
-# %% ../../nbs/foundations/01_images.ipynb #53a9b9cf
+# %% ../../nbs/foundations/01_images.ipynb #d4b86beb
 def load_emoji(
     *,
     size: int | tuple[int, int] | None = None,  # (height, width) in pixels; None: 64, as stored
@@ -467,7 +467,7 @@ def load_torchvision(name: str, **options) -> ImageSet:
     "A set of torchvision by its class name there; options as in `read_torchvision`."
     return ImageSet(**files.read_torchvision(name, **options))
 
-# %% ../../nbs/foundations/01_images.ipynb #f390022c
+# %% ../../nbs/foundations/01_images.ipynb #92d77365
 def nearest(
     queries: Tensor,  # (M, D) float
     keys: Tensor,  # (N, D) float
@@ -478,7 +478,7 @@ def nearest(
     lengths = keys.square().sum(1)
     return torch.cat([(lengths - 2 * part @ keys.T).argmin(1) for part in queries.split(chunk)])
 
-# %% ../../nbs/foundations/01_images.ipynb #73b2c780
+# %% ../../nbs/foundations/01_images.ipynb #8dd68ba8
 def load(
     name: str | Path,  # a set that ships, a torchvision class name, or a folder of pictures
     *,
@@ -514,7 +514,7 @@ def load(
                          f"sets known are {[*files.OFFLINE, *files.TORCHVISION]}")
     return data if device is None else data.to(device)
 
-# %% ../../nbs/foundations/01_images.ipynb #d0aa47f6
+# %% ../../nbs/foundations/01_images.ipynb #550915a9
 def channel_statistics(
     images: Tensor,  # (B, C, H, W) uint8
 ) -> tuple[Tensor, Tensor]:  # mean (C,) and standard deviation (C,), float32 in units of [0, 1]
@@ -537,7 +537,7 @@ def _per_channel(values: Tensor | Sequence[float], images: Tensor, name: str) ->
         raise ValueError(f"std must be positive in every channel; got {values.tolist()}")
     return values.to(images.device).view(1, -1, 1, 1)
 
-# %% ../../nbs/foundations/01_images.ipynb #64326f62
+# %% ../../nbs/foundations/01_images.ipynb #ee5978f0
 def normalize(
     images: Tensor,  # (B, C, H, W) float in [0, 1]
     *,
