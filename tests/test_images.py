@@ -41,7 +41,6 @@ def test_an_unknown_name_lists_the_known_ones():
         load("emojis")
 
 
-
 def test_a_name_that_is_none_is_refused():
     for name in (None, 5, "", ["emoji"]):
         with pytest.raises(ValueError, match="name must be the name of a data set, or a folder"):

@@ -263,10 +263,10 @@ def read_emoji(
     labels = torch.tensor([classes.index(group) for group in table["group"]])
     return {"images": images, "labels": labels, "classes": classes, "name": "emoji", "table": table}
 
-# %% ../../nbs/appendix/01_files.ipynb #d5e94f2a
+# %% ../../nbs/appendix/01_files.ipynb #6c42c859
 def read_photos(
     *,
-    size: int | tuple[int, int],  # (height, width) in pixels: photographs differ, so say which
+    size: int | tuple[int, int] | None = None,  # (height, width), needed: photographs differ
     split: str = "train",  # "train", "test" or "all"
     mode: str = "RGB",  # "RGB", "RGBA" or "L"
     on_error: str = "raise",  # or "skip"

@@ -434,7 +434,7 @@ class ImageSet(Parts, Columns):
         return Batches(self, batch_size, generator=generator, shuffle=shuffle,
                        drop_last=drop_last, transform=transform)
 
-# %% ../../nbs/foundations/01_images.ipynb #d4b86beb
+# %% ../../nbs/foundations/01_images.ipynb #b96df7be
 def load_emoji(
     *,
     size: int | tuple[int, int] | None = None,  # (height, width) in pixels; None: 64, as stored
@@ -449,7 +449,7 @@ def load_emoji(
 
 def load_photos(**options) -> ImageSet:
     "The photographs, cut to one `size` about their middle; options as in `read_photos`."
-    return ImageSet(**files.read_photos(**{"size": None, **options}))
+    return ImageSet(**files.read_photos(**options))
 
 
 def load_fashion_mnist(*, size: int | tuple[int, int] | None = None, **options) -> ImageSet:
