@@ -262,8 +262,23 @@ def test_chapter_is_measured_and_within_its_limits(path):
     assert row is not None, "no row in nbs/cards.csv: run `make cards`"
     assert float(row["seconds"]) <= cards.MAX_SECONDS
     assert float(row["peak_mb"]) <= cards.MAX_MB
+    assert row["data"] == cards.data_sets(path)
     shown = [cell.source for cell in read(path).cells if "chapter-card" in notebooks.tags(cell)]
     assert shown == [cards.card(row)]
+
+
+def test_card_finds_data_however_it_is_named(make_notebook):
+    loop = "for name in ('photos', 'emoji'):\n    load(name, size=8)\nx = {'emoji': 'no such set'}"
+    exported = "#| exports\nKNOWN = ('fashion_mnist',)"
+    path = make_notebook(code("1"), code(exported), code(loop), new_markdown_cell("'emoji'"))
+    assert cards.data_sets(path) == "photos emoji"
+    assert cards.data_sets(make_notebook(code("'clothes'"), code(exported))) == "none"
+
+
+def test_the_first_chapter_uses_every_set_that_ships():
+    path = ROOT / "nbs" / "foundations" / "01_images.ipynb"
+    shipped = {folder.name for folder in (ROOT / "data").iterdir() if folder.is_dir()}
+    assert set(cards.data_sets(path).split()) == shipped
 
 
 def test_front_page_shows_every_card():

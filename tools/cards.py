@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tools.notebooks import (
+    EXPORT,
     ROOT,
     all_notebooks,
     code_cells,
@@ -49,8 +50,9 @@ print(peak)
 
 
 def chapters() -> list[Path]:
-    """Every notebook but the front page."""
-    return [path for path in all_notebooks() if path != INDEX]
+    """Every notebook but the front page, the appendix last."""
+    pages = [path for path in all_notebooks() if path != INDEX]
+    return sorted(pages, key=lambda path: path.parent.name == "appendix")
 
 
 def chapter_name(path: Path) -> str:
@@ -64,17 +66,21 @@ def title(path: Path) -> str:
 
 
 def data_sets(path: Path) -> str:
-    """The shipped data sets that a chapter loads by name, in order of first use."""
+    """The shipped data sets that a chapter's own cells name, in order of first use.
+
+    Any text that is the name of a folder in data/ counts, so loops and variables are seen. Cells
+    that are exported do not: they say what the library can load, not what the chapter does.
+    """
     shipped = {folder.name for folder in (ROOT / "data").glob("*") if folder.is_dir()}
     found = []
     for _, cell in code_cells(read(path)):
-        for node in ast.walk(ast.parse(cell.source)):
-            if not isinstance(node, ast.Call) or not node.args:
-                continue
-            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-            value = getattr(node.args[0], "value", None)
-            if name == "load" and value in shipped and value not in found:
-                found.append(value)
+        if EXPORT.search(cell.source):
+            continue
+        nodes = ast.walk(ast.parse(cell.source))
+        texts = [node for node in nodes if isinstance(node, ast.Constant)]
+        for node in sorted(texts, key=lambda node: (node.lineno, node.col_offset)):
+            if node.value in shipped and node.value not in found:
+                found.append(node.value)
     return " ".join(found) or "none"
 
 
