@@ -49,8 +49,9 @@ print(peak)
 
 
 def chapters() -> list[Path]:
-    """Every notebook but the front page."""
-    return [path for path in all_notebooks() if path != INDEX]
+    """Every notebook but the front page, the appendix last."""
+    pages = [path for path in all_notebooks() if path != INDEX]
+    return sorted(pages, key=lambda path: path.parent.name == "appendix")
 
 
 def chapter_name(path: Path) -> str:
