@@ -213,8 +213,15 @@ def test_resume_refuses_another_run(tmp_path):
     with pytest.raises(ValueError, match="at step 6, beyond steps=5") as error:
         runs.short(steps=5, callbacks=[checkpoint], resume=True)
     assert "the one before it" not in str(error.value)  # that helps against damage only
+    model = runs.convnet(9)
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="no state of callback EMA.0"):
-        runs.short(steps=10, callbacks=[checkpoint, EMA()], resume=True)
+        runs.short(model, steps=10, callbacks=[checkpoint, EMA()], resume=True)
+    assert runs.equal(before, model.state_dict())  # checked first, changed afterwards
+    model[8].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="optimiser state of '8.weight'"):
+        runs.short(model, steps=10, callbacks=[checkpoint], resume=True)
+    assert runs.equal(before, model.state_dict())
     with pytest.warns(UserWarning, match="a run of 10 steps, this one has 20") as caught:
         runs.short(steps=20, callbacks=[checkpoint], resume=True)
     assert Path(caught[0].filename).name == "training_runs.py"  # the line that calls `fit`

@@ -6,7 +6,7 @@
 __all__ = ['write_tensors', 'DamagedFile', 'read_tensors', 'save_weights', 'load_weights', 'Checkpoint', 'write_checkpoint',
            'load_checkpoint', 'resume_run']
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #b516479a
+# %% ../../nbs/appendix/02_checkpoints.ipynb #1390dfd0
 import json
 import os
 import pickle
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..foundations.training import Callback, History, Run, align_optimizer, unwrap
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #d4fa6d26
+# %% ../../nbs/appendix/02_checkpoints.ipynb #01a82818
 def write_tensors(
     tensors: Mapping[str, Tensor],
     path: str | Path,  # ends in .safetensors
@@ -53,7 +53,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
         value = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), value)
     return str(value)
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #c7a32c76
+# %% ../../nbs/appendix/02_checkpoints.ipynb #ba0d137a
 class DamagedFile(ValueError):
     "A file that is cut off, of another format, or whose checksum does not match."
 
@@ -83,7 +83,7 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "The tensors whose names start with `prefix`, without it."
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #0e6bb28e
+# %% ../../nbs/appendix/02_checkpoints.ipynb #4796c08c
 def _plain(key: str) -> str:
     "The parameter's name without what `torch.compile` puts into it, at any depth."
     return re.sub(r"(^|\.)(_orig_mod\.)+", r"\1", key)
@@ -107,7 +107,7 @@ def _match(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) 
                          f"other shapes {shapes[:4]} ({len(shapes)})")
     return {names[k]: v for k, v in given.items()}
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #62faf958
+# %% ../../nbs/appendix/02_checkpoints.ipynb #26211222
 def save_weights(
     model: nn.Module,
     path: str | Path,  # ends in .safetensors
@@ -140,7 +140,7 @@ def _read_torch(path: str | Path) -> Mapping[str, Tensor]:
         raise ValueError(f"{str(path)!r} holds no state_dict (names and tensors)")
     return tensors
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #a8e86a33
+# %% ../../nbs/appendix/02_checkpoints.ipynb #b0977fd2
 class Checkpoint(Callback):
     """Writes `folder/step-00000500.safetensors` every so many steps and at the end.
 
@@ -180,7 +180,7 @@ class Checkpoint(Callback):
                 for old in {*files, *self.folder.glob("step-*.partial")} - {*stay}:
                     old.unlink(missing_ok=True)
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #7476d942
+# %% ../../nbs/appendix/02_checkpoints.ipynb #1b0abc35
 def write_checkpoint(
     run: Run,
     path: str | Path,  # ends in .safetensors
@@ -215,7 +215,7 @@ def _random_state(device: torch.device) -> tuple[dict[str, Tensor], dict]:
     kind, keys, *rest = np.random.get_state()
     return states, {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #ff35caa4
+# %% ../../nbs/appendix/02_checkpoints.ipynb #733214af
 def _run_state(run: Run) -> tuple[dict[str, Tensor], dict]:
     "A run as tensors, and what JSON can hold."
     from accelerate.utils import gather_object
@@ -241,7 +241,7 @@ def _run_state(run: Run) -> tuple[dict[str, Tensor], dict]:
                      "evaluations": history.evaluations, "random": [other for _, other in draws],
                      "fits": _identity(run)}
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #7a071d86
+# %% ../../nbs/appendix/02_checkpoints.ipynb #6d22b6cb
 def _parameter_names(run: Run) -> list[str]:
     "Names of the optimised parameters, in the optimiser's order."
     names = {id(p): _plain(name) for name, p in unwrap(run.model).named_parameters()}
@@ -259,7 +259,7 @@ def _labelled(callbacks: list[Callback]) -> list[tuple[str, Callback]]:
         seen[name] = seen.get(name, 0) + 1
     return pairs
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #c35e28bb
+# %% ../../nbs/appendix/02_checkpoints.ipynb #ebbbc681
 def load_checkpoint(
     run: Run,  # changed in place
     path: str | Path,  # a file that `Checkpoint` wrote
@@ -272,10 +272,12 @@ def load_checkpoint(
     _check_fits(run, state, path)
     weights = _match(run.model, _below("model.", tensors), path)
     optimizer = _optimizer_state(run, _below("optimizer.", tensors), path)
+    kept = _callback_states(run.callbacks, tensors, path)
     unwrap(run.model).load_state_dict(weights)
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": optimizer})
     align_optimizer(run.optimizer)
-    _load_callbacks(run.callbacks, tensors, path)
+    for callback, values in kept:
+        callback.load_state_dict(values)
     history = _below("history.", tensors)
     run.history = History(
         history["losses"].tolist(), history["learning_rates"].tolist(),
@@ -289,7 +291,7 @@ def load_checkpoint(
         _set_random_state(run.accelerator.device, _below(f"random.{rank}.", tensors),
                           state["random"][rank])
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #b7becb11
+# %% ../../nbs/appendix/02_checkpoints.ipynb #138d24d3
 def _check_fits(run: Run, state: dict, path: str | Path) -> None:
     wrong = {k: (state["fits"][k], v) for k, v in _identity(run).items() if state["fits"][k] != v}
     if wrong:
@@ -315,16 +317,18 @@ def _optimizer_state(run: Run, tensors: Mapping[str, Tensor], path: str | Path) 
         state.setdefault(number[name], {})[what] = value
     return state
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #4f481f18
-def _load_callbacks(callbacks: list[Callback], tensors: Mapping[str, Tensor], path) -> None:
-    "Give each callback the state that the checkpoint holds of it, by its own names."
+# %% ../../nbs/appendix/02_checkpoints.ipynb #f4acdf06
+def _callback_states(callbacks: list[Callback], tensors: Mapping[str, Tensor], path) -> list:
+    "Each callback that has a state in the file, and that state by the callback's own names."
+    found = []
     for label, callback in _labelled(callbacks):
         own, kept = callback.state_dict(), _below(f"callback.{label}.", tensors)
         if own and not kept:
             raise ValueError(f"checkpoint {str(path)!r} holds no state of callback {label}")
         if kept:
             names = {_plain(k): k for k in own}
-            callback.load_state_dict({names.get(k, k): v for k, v in kept.items()})
+            found.append((callback, {names.get(k, k): v for k, v in kept.items()}))
+    return found
 
 
 def _set_random_state(device: torch.device, states: dict[str, Tensor], other: dict) -> None:
@@ -336,7 +340,7 @@ def _set_random_state(device: torch.device, states: dict[str, Tensor], other: di
     kind, keys, *rest = other["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #dda93843
+# %% ../../nbs/appendix/02_checkpoints.ipynb #065343fd
 def resume_run(
     run: Run,  # changed in place
     resume: bool | str | Path,  # as in `fit`
