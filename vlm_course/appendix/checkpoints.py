@@ -6,7 +6,7 @@
 __all__ = ['write_tensors', 'DamagedFile', 'read_tensors', 'save_weights', 'load_weights', 'Checkpoint', 'write_checkpoint',
            'load_checkpoint', 'resume_run']
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #1390dfd0
+# %% ../../nbs/appendix/02_checkpoints.ipynb #84ecf8e0
 import json
 import os
 import pickle
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..foundations.training import Callback, History, Run, align_optimizer, unwrap
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #01a82818
+# %% ../../nbs/appendix/02_checkpoints.ipynb #5646ebdf
 def write_tensors(
     tensors: Mapping[str, Tensor],
     path: str | Path,  # ends in .safetensors
@@ -53,7 +53,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
         value = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), value)
     return str(value)
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #ba0d137a
+# %% ../../nbs/appendix/02_checkpoints.ipynb #b017d9d2
 class DamagedFile(ValueError):
     "A file that is cut off, of another format, or whose checksum does not match."
 
@@ -83,7 +83,7 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "The tensors whose names start with `prefix`, without it."
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #4796c08c
+# %% ../../nbs/appendix/02_checkpoints.ipynb #60fbe90f
 def _plain(key: str) -> str:
     "The parameter's name without what `torch.compile` puts into it, at any depth."
     return re.sub(r"(^|\.)(_orig_mod\.)+", r"\1", key)
@@ -107,7 +107,7 @@ def _match(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) 
                          f"other shapes {shapes[:4]} ({len(shapes)})")
     return {names[k]: v for k, v in given.items()}
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #26211222
+# %% ../../nbs/appendix/02_checkpoints.ipynb #203bb24f
 def save_weights(
     model: nn.Module,
     path: str | Path,  # ends in .safetensors
@@ -140,7 +140,7 @@ def _read_torch(path: str | Path) -> Mapping[str, Tensor]:
         raise ValueError(f"{str(path)!r} holds no state_dict (names and tensors)")
     return tensors
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #b0977fd2
+# %% ../../nbs/appendix/02_checkpoints.ipynb #8858d8c9
 class Checkpoint(Callback):
     """Writes `folder/step-00000500.safetensors` every so many steps and at the end.
 
@@ -180,7 +180,7 @@ class Checkpoint(Callback):
                 for old in {*files, *self.folder.glob("step-*.partial")} - {*stay}:
                     old.unlink(missing_ok=True)
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #1b0abc35
+# %% ../../nbs/appendix/02_checkpoints.ipynb #e2e7d78b
 def write_checkpoint(
     run: Run,
     path: str | Path,  # ends in .safetensors
@@ -215,7 +215,7 @@ def _random_state(device: torch.device) -> tuple[dict[str, Tensor], dict]:
     kind, keys, *rest = np.random.get_state()
     return states, {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #733214af
+# %% ../../nbs/appendix/02_checkpoints.ipynb #86550aed
 def _run_state(run: Run) -> tuple[dict[str, Tensor], dict]:
     "A run as tensors, and what JSON can hold."
     from accelerate.utils import gather_object
@@ -241,7 +241,7 @@ def _run_state(run: Run) -> tuple[dict[str, Tensor], dict]:
                      "evaluations": history.evaluations, "random": [other for _, other in draws],
                      "fits": _identity(run)}
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #6d22b6cb
+# %% ../../nbs/appendix/02_checkpoints.ipynb #45be0c14
 def _parameter_names(run: Run) -> list[str]:
     "Names of the optimised parameters, in the optimiser's order."
     names = {id(p): _plain(name) for name, p in unwrap(run.model).named_parameters()}
@@ -259,7 +259,7 @@ def _labelled(callbacks: list[Callback]) -> list[tuple[str, Callback]]:
         seen[name] = seen.get(name, 0) + 1
     return pairs
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #ebbbc681
+# %% ../../nbs/appendix/02_checkpoints.ipynb #f8a0a5cb
 def load_checkpoint(
     run: Run,  # changed in place
     path: str | Path,  # a file that `Checkpoint` wrote
@@ -291,7 +291,7 @@ def load_checkpoint(
         _set_random_state(run.accelerator.device, _below(f"random.{rank}.", tensors),
                           state["random"][rank])
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #138d24d3
+# %% ../../nbs/appendix/02_checkpoints.ipynb #03e4c298
 def _check_fits(run: Run, state: dict, path: str | Path) -> None:
     wrong = {k: (state["fits"][k], v) for k, v in _identity(run).items() if state["fits"][k] != v}
     if wrong:
@@ -317,7 +317,7 @@ def _optimizer_state(run: Run, tensors: Mapping[str, Tensor], path: str | Path) 
         state.setdefault(number[name], {})[what] = value
     return state
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #f4acdf06
+# %% ../../nbs/appendix/02_checkpoints.ipynb #4d889abd
 def _callback_states(callbacks: list[Callback], tensors: Mapping[str, Tensor], path) -> list:
     "Each callback that has a state in the file, and that state by the callback's own names."
     found = []
@@ -340,7 +340,7 @@ def _set_random_state(device: torch.device, states: dict[str, Tensor], other: di
     kind, keys, *rest = other["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #065343fd
+# %% ../../nbs/appendix/02_checkpoints.ipynb #961f127e
 def resume_run(
     run: Run,  # changed in place
     resume: bool | str | Path,  # as in `fit`

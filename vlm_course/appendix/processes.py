@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_accelerator', 'share']
 
-# %% ../../nbs/appendix/03_processes.ipynb #72779e59
+# %% ../../nbs/appendix/03_processes.ipynb #08d96e13
 import atexit
 import os
 import warnings
@@ -14,7 +14,7 @@ import torch
 
 from ..foundations.images import Batches, default_device
 
-# %% ../../nbs/appendix/03_processes.ipynb #b6f4b425
+# %% ../../nbs/appendix/03_processes.ipynb #c33c13a0
 def make_accelerator():  # an accelerate.Accelerator
     "One process or many, on the device that accelerate finds; precision is the loop's own matter."
     from tqdm import TqdmWarning
@@ -37,7 +37,7 @@ def _leave() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
-# %% ../../nbs/appendix/03_processes.ipynb #e9976c29
+# %% ../../nbs/appendix/03_processes.ipynb #445a88b3
 def share(
     batches: Batches,  # the batch size is global
     accelerator,  # an accelerate.Accelerator

@@ -8,7 +8,7 @@ __all__ = ['SCHEDULES', 'parameter_groups', 'count_parameters', 'cosine_schedule
            'align_optimizer', 'unwrap', 'evaluation_mode', 'predict', 'accuracy', 'Evaluate', 'Progress', 'EMA', 'fit',
            'plot_history']
 
-# %% ../../nbs/foundations/02_training.ipynb #979d5713
+# %% ../../nbs/foundations/02_training.ipynb #5ce32f15
 import copy
 import math
 import sys
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..appendix.processes import make_accelerator, share
 from .images import PALETTE, Batches
 
-# %% ../../nbs/foundations/02_training.ipynb #1dcf24ac
+# %% ../../nbs/foundations/02_training.ipynb #9cdbde73
 def parameter_groups(
     model: nn.Module,
     weight_decay: float,  # for matrices and kernels; vectors (biases, normalisation) get none
@@ -63,7 +63,7 @@ def constant_schedule(step: int, *, steps: int, warmup: int) -> float:
 
 SCHEDULES = {"cosine": cosine_schedule, "constant": constant_schedule}
 
-# %% ../../nbs/foundations/02_training.ipynb #bbd94ff2
+# %% ../../nbs/foundations/02_training.ipynb #1105c657
 @dataclass
 class History:
     "What a run recorded, one number a step."
@@ -104,7 +104,7 @@ class Callback:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         "Take back what `state_dict` gave."
 
-# %% ../../nbs/foundations/02_training.ipynb #bd822c05
+# %% ../../nbs/foundations/02_training.ipynb #93ecf46a
 @dataclass
 class Run:
     "A training run in progress: what a callback may read and change."
@@ -144,7 +144,7 @@ class Run:
             for name, value in zip(names, values, strict=True):
                 self.history.metrics.setdefault(name, []).append(value)
 
-# %% ../../nbs/foundations/02_training.ipynb #313f7e8d
+# %% ../../nbs/foundations/02_training.ipynb #c3abdc12
 class Objective(nn.Module):
     """`loss(model, *batch)` as a forward pass.
 
@@ -176,7 +176,7 @@ def classification_loss(
     accuracy = (logits.detach().argmax(1) == labels).float().mean()
     return F.cross_entropy(logits, labels), {"accuracy": accuracy}
 
-# %% ../../nbs/foundations/02_training.ipynb #e0674712
+# %% ../../nbs/foundations/02_training.ipynb #f0df5cfe
 def train_step(
     run: Run,
     batch: tuple[Tensor, ...],  # on the model's device
@@ -208,7 +208,7 @@ def _check_finite(loss: float, step: int, steps: int) -> None:
         raise FloatingPointError(f"loss is {loss} at step {step} of {steps}; checkpoints before "
                                  "it stand. Try a smaller lr, a longer warmup, or clip=1.0")
 
-# %% ../../nbs/foundations/02_training.ipynb #dafe278f
+# %% ../../nbs/foundations/02_training.ipynb #dd2ada0b
 def autocast_dtype(
     device: torch.device,  # where the model runs
 ) -> torch.dtype | None:
@@ -239,7 +239,7 @@ def autocast(
     dtype = {"auto": autocast_dtype(device), "bf16": torch.bfloat16, "fp32": None}[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
-# %% ../../nbs/foundations/02_training.ipynb #b87c5675
+# %% ../../nbs/foundations/02_training.ipynb #24d22e5f
 def model_on_device(
     model: nn.Module,  # moved in place
     device: torch.device,
@@ -272,7 +272,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
 
-# %% ../../nbs/foundations/02_training.ipynb #f3ce909a
+# %% ../../nbs/foundations/02_training.ipynb #45776ef4
 @contextmanager
 def evaluation_mode(
     model: nn.Module,
@@ -302,7 +302,7 @@ def _outputs(model: nn.Module, batches: Batches, precision: str) -> Iterator[tup
                     outputs = model(images.to(device))
                 yield outputs.float(), labels.to(device)
 
-# %% ../../nbs/foundations/02_training.ipynb #41ae36b6
+# %% ../../nbs/foundations/02_training.ipynb #da5c5484
 def predict(
     model: nn.Module,
     batches: Batches,  # whether they shuffle makes no difference here
@@ -338,7 +338,7 @@ def accuracy(
         torch.distributed.all_reduce(hits)
     return float(hits[0] / hits[1])
 
-# %% ../../nbs/foundations/02_training.ipynb #28c0336f
+# %% ../../nbs/foundations/02_training.ipynb #c0577eb0
 class Evaluate(Callback):
     "Records `function(model)` every so many steps and at the end, in `history.evaluations[name]`."
 
@@ -360,7 +360,7 @@ class Evaluate(Callback):
                 value = float(self.function(run.model))
             run.history.evaluations.setdefault(self.name, []).append((run.step, value))
 
-# %% ../../nbs/foundations/02_training.ipynb #6d95512d
+# %% ../../nbs/foundations/02_training.ipynb #09d8cef6
 class Progress(Callback):
     "A plain-text progress bar on stderr, for runs of over a second, from the main process only."
 
@@ -383,7 +383,7 @@ class Progress(Callback):
         "Close it."
         self.bar.close()
 
-# %% ../../nbs/foundations/02_training.ipynb #1b77ffc6
+# %% ../../nbs/foundations/02_training.ipynb #601a04b1
 class EMA(Callback):
     """Exponential moving average of weights and buffers, kept in `self.model` for evaluation.
 
@@ -418,7 +418,7 @@ class EMA(Callback):
         "Take the averages back."
         self.model.load_state_dict(state)
 
-# %% ../../nbs/foundations/02_training.ipynb #1e459198
+# %% ../../nbs/foundations/02_training.ipynb #bbf28330
 def _length(batches: Batches, steps, epochs, warmup) -> tuple[int, int]:
     "Steps of the run, and of its warm-up."
     if (steps is None) == (epochs is None):
@@ -449,7 +449,7 @@ def _check(optimizer, lr, weight_decay, schedule, precision, clip, log_every) ->
         raise ValueError(f"log_every must be at least 1; got {log_every}")
     autocast(torch.device("cpu"), precision)
 
-# %% ../../nbs/foundations/02_training.ipynb #b3c29341
+# %% ../../nbs/foundations/02_training.ipynb #fbf1b4ac
 def _loop(run: Run, factor: Callable, step: Callable, resume, log_every: int) -> History:
     "The loop itself; `factor(steps done)` scales the learning rates, `step` takes one step."
     from vlm_course.appendix.checkpoints import resume_run  # here: that module builds on this one
@@ -484,7 +484,7 @@ def _tidy(optimizer: torch.optim.Optimizer, peaks: list[float]) -> None:
     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
         group["lr"] = peak
 
-# %% ../../nbs/foundations/02_training.ipynb #adbfe02d
+# %% ../../nbs/foundations/02_training.ipynb #b487b019
 def _start(model, batches, loss, optimizer, *, steps, callbacks, channels_last, seed) -> Run:
     "Model, optimiser and batches brought to this process's device."
     accelerator = make_accelerator()
@@ -507,7 +507,7 @@ def _start(model, batches, loss, optimizer, *, steps, callbacks, channels_last, 
 def _adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, fused=True)
 
-# %% ../../nbs/foundations/02_training.ipynb #3568da47
+# %% ../../nbs/foundations/02_training.ipynb #1e3da57e
 def fit(
     model: nn.Module,  # trained in place; moved to the accelerator's device
     batches: Batches,  # of `ImageSet.batches`; the batch size is global
@@ -543,7 +543,7 @@ def fit(
     return _loop(run, partial(factor, steps=steps, warmup=warmup),
                  partial(train_step, precision=precision, clip=clip), resume, log_every)
 
-# %% ../../nbs/foundations/02_training.ipynb #f8c79bca
+# %% ../../nbs/foundations/02_training.ipynb #eb47d707
 def plot_history(
     history: History,
     *,
