@@ -53,9 +53,12 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
         value = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), value)
     return str(value)
 
-# %% ../../nbs/appendix/02_checkpoints.ipynb #b017d9d2
+# %% ../../nbs/appendix/02_checkpoints.ipynb #a2066d11
 class DamagedFile(ValueError):
     "A file that is cut off, of another format, or whose checksum does not match."
+
+    def __init__(self, message: str):
+        super().__init__(message)
 
 
 def read_tensors(
