@@ -1,4 +1,4 @@
-"""What several test files share: notebooks written on the spot."""
+"""What several test files share: notebooks written on the spot, sums in one order."""
 
 from __future__ import annotations
 
@@ -21,3 +21,14 @@ def make_notebook(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture
+def one_thread():
+    """Sums in one order, so that equal runs are equal to the bit."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

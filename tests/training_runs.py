@@ -1,4 +1,4 @@
-"""Training runs that `test_training.py` starts in processes of their own.
+"""Training runs that several test files share, and start in processes of their own.
 
 As a script (`accelerate launch tests/training_runs.py FOLDER`) it trains on every process that was
 launched and leaves what each process saw in FOLDER.
@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vlm_course.foundations.images import ImageSet
+from vlm_course.appendix.checkpoints import Checkpoint, save_weights
+from vlm_course.foundations.images import Batches, ImageSet
 from vlm_course.foundations.training import (
     EMA,
     Callback,
-    Checkpoint,
     Evaluate,
+    History,
     accuracy,
     classification_loss,
     fit,
-    save_weights,
 )
 
 CLASSES = 4
@@ -64,13 +64,29 @@ def seeded(seed: int = 3) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def batches(count: int = 96, size: int = 16, **options) -> Batches:
+    """Training batches of the toy set, from a generator of their own."""
+    return patterns(count).batches(size, generator=seeded(), **options)
+
+
+def short(model: nn.Module | None = None, **options) -> History:
+    """A run of a few steps on the toy set."""
+    options = {"steps": 6, "seed": 1, **options}
+    return fit(model or convnet(), batches(), classification_loss, **options)
+
+
+def equal(a: dict, b: dict) -> bool:
+    """Whether two state dicts hold the same keys and bits."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 def long_run(folder: Path, *, steps: int = 60, resume: bool = True) -> None:
     """Train with everything that has state; at the end write losses, weights and averages."""
     torch.set_num_threads(1)
     model, average, folder = convnet(), EMA(0.9), Path(folder)
-    batches = patterns().batches(16, generator=seeded(), transform=noisy)
+    data = batches(transform=noisy)
     check = Evaluate("accuracy", lambda m: accuracy(m, patterns(20).batches(7)), every=7)
-    history = fit(model, batches, classification_loss, steps=steps, lr=3e-3, seed=5,
+    history = fit(model, data, classification_loss, steps=steps, lr=3e-3, seed=5,
                   callbacks=[Checkpoint(folder, every=2), average, check], resume=resume)
     save_weights(model, folder / "end.safetensors")
     save_weights(average.model, folder / "average.safetensors")
@@ -100,8 +116,8 @@ def global_run(model: nn.Module, **options):
 def refused(batch_size: int, **options) -> str:
     """The message with which two processes refuse a batch size."""
     try:
-        batches = patterns(90).batches(batch_size, **options)
-        fit(plain_net(), batches, classification_loss, steps=1)
+        data = patterns(90).batches(batch_size, **options)
+        fit(plain_net(), data, classification_loss, steps=1)
     except ValueError as error:
         return str(error)
     return "accepted"
