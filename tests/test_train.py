@@ -1,0 +1,160 @@
+"""The command line: every method, on one process and on two; resuming, refusing, configuration."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from vlm_course import train as cli
+from vlm_course.appendix.checkpoints import load_weights, read_tensors
+from vlm_course.foundations.training import Callback
+
+NEEDS_VIT = {"mae"}
+QUICK = ["--data", "photos", "--batch_size", "16", "--save_every", "2", "--warmup", "0"]
+
+
+def flags(name: str, out: Path, *more: str) -> list[str]:
+    """A run of three steps."""
+    backbone = "vit_mini" if name in NEEDS_VIT else "resnet_mini"
+    return [name, *QUICK, "--steps", "3", "--backbone", backbone, "--out", str(out), *more]
+
+
+@pytest.mark.parametrize("name", cli.METHODS)
+def test_every_method_trains_and_leaves_a_backbone(name, tmp_path):
+    results = cli.main(flags(name, tmp_path))
+    assert len(results["losses"]) == 3 and torch.tensor(results["losses"]).isfinite().all()
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    assert results["probe"] and all(0 <= value <= 1 for value in results["probe"].values())
+    backbone = cli.make_backbone("vit_mini" if name in NEEDS_VIT else "resnet_mini", image_size=32)
+    weights, _ = read_tensors(tmp_path / "backbone.safetensors")
+    learnt = {key for key in backbone.state_dict() if not key.startswith(("fc.", "head."))}
+    assert learnt - {"pos_embed"} <= set(weights)  # an MAE computes its positions
+
+
+@pytest.mark.timeout(240)
+def test_two_processes_train_every_method(tmp_path):
+    runs = [flags(name, tmp_path / name) for name in cli.METHODS]
+    script = f"from vlm_course.train import main\nfor flags in {runs!r}:\n    main(flags)\n"
+    (tmp_path / "runs.py").write_text(script)
+    launch(tmp_path / "runs.py")
+    for name in cli.METHODS:
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert results["processes"] == 2 and len(results["losses"]) == 3
+        assert torch.tensor(results["losses"]).isfinite().all(), name
+        assert read_tensors(tmp_path / name / "backbone.safetensors")[0]
+
+
+@pytest.mark.timeout(120)
+def test_the_command_as_it_stands_in_the_chapters(tmp_path):
+    launch("-m", "vlm_course.train", *flags("simclr", tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["processes"] == 2
+
+
+def launch(*arguments) -> None:
+    """`accelerate launch` on two processes of this machine; it must end well."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes",
+               "2", "--main_process_port", "0", *map(str, arguments)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=220)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+class Stop(Callback):
+    """Ends a run from within, as a kill would, after step 3."""
+
+    def on_step(self, run) -> None:
+        if run.step == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["moco", "mae", "byol", "dino"])  # state of all kinds
+def test_a_stopped_run_ends_as_an_unbroken_one(name, tmp_path):
+    whole = cli.main(flags(name, tmp_path / "whole", "--steps", "4"))
+    again = flags(name, tmp_path / "again", "--steps", "4")
+    with pytest.raises(KeyboardInterrupt):
+        cli.train(*cli.parse(again), callbacks=[Stop()])
+    resumed = cli.main([*again, "--resume", "true"])
+    assert resumed["losses"] == whole["losses"] and resumed["probe"] == whole["probe"]
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    cli.main(flags("supervised", tmp_path))
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(FileExistsError, match="--resume true"):
+        cli.main(flags("supervised", tmp_path))
+    with pytest.raises(ValueError, match=r"lr is 0\.5, was 0\.001"):
+        cli.main(flags("supervised", tmp_path, "--resume", "true", "--lr", "0.5"))
+    with pytest.raises(ValueError, match="method is rotation, was supervised"):
+        cli.main(flags("rotation", tmp_path, "--resume", "true"))
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("name", cli.METHODS)
+def test_a_saved_configuration_asks_for_the_same_run(name, tmp_path):
+    asked = cli.parse(flags(name, tmp_path, "--seed", "7", "--clip", "0.5"))
+    path = tmp_path / "config.yaml"
+    path.write_text(cli.to_yaml(*asked))
+    assert cli.parse([name, "--config", str(path)]) == asked
+    assert cli.parse([name, "--config", str(path), "--seed", "8"])[2].seed == 8
+
+
+@pytest.mark.parametrize("name", cli.METHODS)
+def test_every_flag_has_help(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse([name, "--help"])
+    shown = capsys.readouterr().out
+    assert cli.ABOUT[name].split()[0] in shown
+    words = {}
+    for options in (cli.RunOptions, cli.Method, type(cli.METHODS[name])):
+        words |= cli.comments(options)
+    for field in (*fields(cli.RunOptions), *fields(cli.METHODS[name])):
+        if field.name == "method":  # the subcommand says it
+            continue
+        assert f"--{field.name}" in shown
+        assert words.get(field.name, "").split(" ")[0] in shown, field.name
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    (["--tempreature", "1"], "unrecognized arguments: --tempreature"),
+    (["--epochs", "many"], "epochs"),
+    (["--config", "nowhere.yaml"], "nowhere.yaml"),
+])  # fmt: skip
+def test_wrong_flags_are_named(wrong, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(flags("simclr", tmp_path, *wrong))
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_a_masked_autoencoder_wants_a_vision_transformer(tmp_path):
+    with pytest.raises(ValueError, match="vit_mini.*ResNet"):
+        cli.main(flags("mae", tmp_path, "--backbone", "resnet_mini"))
+
+
+def test_an_unknown_backbone_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"resnet_mini.*vit_base.*resnet999"):
+        cli.make_backbone("resnet999", image_size=32)
+
+
+def test_a_flat_folder_of_pictures_trains_without_a_probe(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for i in range(16):
+        pixels = torch.randint(256, (40, 50, 3), generator=generator, dtype=torch.uint8)
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "pictures" / f"{i}.png")
+    results = cli.main(flags("rotation", tmp_path / "run", "--data", str(tmp_path / "pictures")))
+    assert "probe" not in results and len(results["losses"]) == 3
+
+
+def test_backbone_weights_go_back_into_a_backbone(tmp_path):
+    results = cli.main(flags("supervised", tmp_path))
+    backbone = cli.make_backbone("resnet_mini", image_size=32, num_classes=6)
+    load_weights(backbone, tmp_path / "backbone.safetensors")
+    data, test = cli.load_parts("photos", 32)
+    assert cli.probe(backbone, data, test) == results["probe"]
