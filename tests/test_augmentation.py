@@ -139,7 +139,8 @@ def test_rotation(channels):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
-    "arguments", [(0.4, 0.4, 0.4, 0.1), (0.9, 0.9, 0.9, 0.5), (0.4, 0, 0.4, 0.2), (0.4, 0.4), (0, 0.3)]
+    "arguments",
+    [(0.4, 0.4, 0.4, 0.1), (0.9, 0.9, 0.9, 0.5), (0.4, 0, 0.4, 0.2), (0.4, 0.4), (0, 0.3)],
 )
 def test_colour_jitter_in_each_images_own_order(channels, arguments):
     images, transform = noise(40, channels), A.ColorJitter(*arguments)
@@ -177,7 +178,7 @@ def test_colour_jitter_against_kornia():
     assert (brighter - enhance.adjust_brightness_accumulative(images, f)).abs().max() < 1e-5
     contrast = A.blend(images, torch.stack([f, 1 - f, zero]))
     theirs = enhance.adjust_contrast_with_mean_subtraction(images, f)
-    assert (contrast - theirs).abs().max() < 1e-4  # its grey is 0.299, ours and torchvision's 0.2989
+    assert (contrast - theirs).abs().max() < 1e-4  # its grey is 0.299, ours 0.2989
     saturated = A.blend(images, torch.stack([f, zero, 1 - f]))
     theirs = enhance.adjust_saturation_with_gray_subtraction(images, f)
     assert (saturated - theirs).abs().max() < 2e-4  # for the same reason
@@ -197,7 +198,8 @@ def test_grey_solarise_and_blur(channels):
     params = solarise.draw(images)
     assert difference(solarise, images, params, lambda i, x: TF.solarize(x, 0.3)) < 1e-6
     params = blur.draw(images, seeded())
-    peer = lambda i, image: TF.gaussian_blur(image, [9, 9], [params["sigma"][i].item()])  # noqa: E731
+    sigma = params["sigma"].tolist()
+    peer = lambda i, image: TF.gaussian_blur(image, [9, 9], [sigma[i]])  # noqa: E731
     assert difference(blur, images, params, peer) < 1e-5
 
 
@@ -249,7 +251,8 @@ def test_image_and_mask_share_the_parameters():
 
 
 def test_points_follow_the_pixels():
-    images, points = torch.zeros(20, 1, 64, 64), torch.randint(16, 48, (20, 1, 2), generator=seeded())
+    images = torch.zeros(20, 1, 64, 64)
+    points = torch.randint(16, 48, (20, 1, 2), generator=seeded())
     for i, (x, y) in enumerate(points[:, 0].tolist()):
         images[i, 0, y - 2 : y + 2, x - 2 : x + 2] = 1  # a square centred on the point
     transform = A.Compose(
@@ -276,7 +279,8 @@ def test_points_follow_the_pixels():
 
 def test_colours_move_nothing():
     masks, boxes = torch.rand(3, 8, 8), torch.rand(3, 2, 4)
-    for transform in (A.ColorJitter(0.4), A.GaussianBlur(3), A.RandomErasing(), A.RandomGrayscale()):
+    still = A.ColorJitter(0.4), A.GaussianBlur(3), A.RandomErasing(), A.RandomGrayscale()
+    for transform in still:
         params = transform.draw(noise(3))
         assert transform.apply_masks(masks, params) is masks
         assert transform.apply_boxes(boxes, params) is boxes
@@ -293,7 +297,8 @@ def test_a_seed_is_a_replay_and_images_do_not_influence_each_other(transform):
     if not transform.whole_batch:
         alone = transform.apply_images(images[2:3], A.take_rows(params, slice(2, 3)))
         assert torch.allclose(alone, first[2:3], atol=1e-6)
-    assert pickle.loads(pickle.dumps(transform)).draw(images, seeded(3)).__class__ is params.__class__
+    again = pickle.loads(pickle.dumps(transform)).draw(images, seeded(3))
+    assert again.__class__ is params.__class__
     assert not list(transform.parameters()) and not transform.state_dict()
 
 

@@ -1,4 +1,4 @@
-"""The masked autoencoder: equal to its peer, exact in its gradients, replayable, readable refusals."""
+"""The masked autoencoder: equal to its peer, exact gradients, replayable, readable refusals."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ __all__ = ['check_features', 'knn_probabilities', 'knn_accuracy', 'TokenMaps', '
            'evaluate_features', 'draw_labels', 'few_label_curve', 'wilson_interval', 'bootstrap_interval',
            'mcnemar_test']
 
-# %% ../../nbs/self_supervised/05_evaluation.ipynb #c7d69ec3
+# %% ../../nbs/self_supervised/05_evaluation.ipynb #ac5c62d7
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .contrastive import retrieval_accuracy, unit, whitening
 from .rotation import layer_features, linear_probe
 
-# %% ../../nbs/self_supervised/05_evaluation.ipynb #9e8c83ac
+# %% ../../nbs/self_supervised/05_evaluation.ipynb #f0e41a5e
 def check_features(
     features: Tensor,  # what a caller passed as features
     labels: Tensor | None = None,  # and as their labels, if there are any
@@ -36,7 +36,7 @@ def check_features(
     if bad:
         raise ValueError(f"{name} must be finite; rows {bad[:5]} hold NaN or inf")
 
-# %% ../../nbs/self_supervised/05_evaluation.ipynb #a5bedbfc
+# %% ../../nbs/self_supervised/05_evaluation.ipynb #177ed58e
 @torch.no_grad()
 def knn_probabilities(
     queries: Tensor,  # (Q, D) float
@@ -68,7 +68,7 @@ def knn_probabilities(
         shares.append(votes.new_zeros(len(rows), C).scatter_add_(1, labels[nearest], votes))
     return torch.cat(shares)
 
-# %% ../../nbs/self_supervised/05_evaluation.ipynb #b6ddbcd7
+# %% ../../nbs/self_supervised/05_evaluation.ipynb #870dc113
 def knn_accuracy(
     queries: Tensor,  # (Q, D) float
     query_labels: Tensor,  # (Q,) int64
@@ -83,7 +83,7 @@ def knn_accuracy(
     votes = knn_probabilities(queries, bank, bank_labels, k=k, temperature=temperature)
     return (votes.argmax(1) == query_labels).double().mean().item()
 
-# %% ../../nbs/self_supervised/05_evaluation.ipynb #4a0c40dd
+# %% ../../nbs/self_supervised/05_evaluation.ipynb #027e968f
 class TokenMaps(nn.Module):
     "A backbone whose tokens are laid out as maps (B, D, rows, columns), without the class token."
 
@@ -113,7 +113,7 @@ def frozen_features(
     outputs = layer_features(TokenMaps(backbone), batches, pool=pool, precision=precision)
     return torch.cat(list(outputs.values())[-layers:], dim=1)
 
-# %% ../../nbs/self_supervised/05_evaluation.ipynb #b26b7758
+# %% ../../nbs/self_supervised/05_evaluation.ipynb #50b3ba2c
 def effective_rank(
     features: Tensor,  # (N, D) float
     *,
@@ -127,7 +127,7 @@ def effective_rank(
         return 0.0
     return torch.special.entr(values / values.sum()).sum().exp().item()
 
-# %% ../../nbs/self_supervised/05_evaluation.ipynb #95205b83
+# %% ../../nbs/self_supervised/05_evaluation.ipynb #62eec50b
 def evaluate_features(
     features: Tensor,  # (N, D) float, of training pictures
     labels: Tensor,  # (N,) int64
@@ -155,7 +155,7 @@ def evaluate_features(
         scores[name] = retrieval_accuracy(queries[asked], queries[candidates])
     return scores
 
-# %% ../../nbs/self_supervised/05_evaluation.ipynb #424d8e71
+# %% ../../nbs/self_supervised/05_evaluation.ipynb #b498bad5
 def draw_labels(
     labels: Tensor,  # (N,) int64
     per_class: int,  # how many of each class
@@ -173,7 +173,7 @@ def draw_labels(
         rows.append(members[order[:per_class].to(members.device)])
     return torch.cat(rows)
 
-# %% ../../nbs/self_supervised/05_evaluation.ipynb #0c8a788a
+# %% ../../nbs/self_supervised/05_evaluation.ipynb #20462634
 def few_label_curve(
     features: Tensor,  # (N, D) float, of the pictures that may be labelled
     labels: Tensor,  # (N,) int64
@@ -197,7 +197,7 @@ def few_label_curve(
         curve[count] = torch.tensor(values, dtype=torch.float64)
     return curve
 
-# %% ../../nbs/self_supervised/05_evaluation.ipynb #18c2d0c6
+# %% ../../nbs/self_supervised/05_evaluation.ipynb #e5d8f7aa
 def wilson_interval(
     correct: int,  # how many were right
     total: int,  # of how many independent ones
@@ -238,7 +238,7 @@ def bootstrap_interval(
     edges = torch.tensor([1 - confidence, 1 + confidence], dtype=torch.float64) / 2
     return tuple(means.quantile(edges).tolist())
 
-# %% ../../nbs/self_supervised/05_evaluation.ipynb #0e1ccc93
+# %% ../../nbs/self_supervised/05_evaluation.ipynb #0091307c
 def mcnemar_test(
     first: Tensor,  # (N,) bool: where the first classifier is right
     second: Tensor,  # (N,) bool: where the second one is, on the same independent items
