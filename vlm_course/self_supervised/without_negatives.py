@@ -394,7 +394,7 @@ class MomentumTeacher(Callback):
             done = min(1.0, run.step / max(1.0, config.temperature_warmup * run.steps))
             model.teacher_temperature.fill_(low + done * (high - low))
 
-# %% ../../nbs/self_supervised/04_without_negatives.ipynb #be48c5a1
+# %% ../../nbs/self_supervised/04_without_negatives.ipynb #10094365
 SIGNS = {  # signature: (side of the limit that is ill, limit, what it means)
     "spread": ("below", 0.1, "all embeddings point one way"),
     "rank": ("below", 1.3, "the embeddings fill a line"),
@@ -405,6 +405,9 @@ SIGNS = {  # signature: (side of the limit that is ill, limit, what it means)
 
 class CollapseError(RuntimeError):
     "Training was stopped because the embeddings collapse."
+
+    def __init__(self, message: str):
+        super().__init__(message)
 
 # %% ../../nbs/self_supervised/04_without_negatives.ipynb #7d563223
 class CollapseAlarm(Callback):
