@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['make_accelerator', 'share']
 
-# %% ../../nbs/appendix/03_processes.ipynb #08d96e13
+# %% ../../nbs/appendix/03_processes.ipynb #62f87495
 import atexit
 import os
+import time
 import warnings
 
 import torch
 
 from ..foundations.images import Batches, default_device
 
-# %% ../../nbs/appendix/03_processes.ipynb #c33c13a0
+# %% ../../nbs/appendix/03_processes.ipynb #e3586a8f
 def make_accelerator():  # an accelerate.Accelerator
     "One process or many, on the device that accelerate finds; precision is the loop's own matter."
     from tqdm import TqdmWarning
@@ -33,9 +34,15 @@ def make_accelerator():  # an accelerate.Accelerator
 
 
 def _leave() -> None:
-    "Say goodbye to the other processes: without it, one in three exits ends in an abort (gloo)."
+    """Leave the group, and let gloo's threads finish while Python still runs.
+
+    A thread of gloo that drops its last tensor needs the interpreter's lock. If the interpreter is
+    already shutting down, the process aborts (https://github.com/pytorch/pytorch/issues/190489).
+    Sleeping hands the lock over; leaving the group does not wait for those threads.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        time.sleep(0.2)
 
 # %% ../../nbs/appendix/03_processes.ipynb #445a88b3
 def share(
