@@ -63,7 +63,7 @@ def value_and_gradient(loss: torch.Tensor, *inputs: torch.Tensor) -> list[torch.
 
 
 def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor], *, tolerance: float = 1e-6) -> bool:
-    return all(torch.allclose(a, b, atol=tolerance, rtol=1e-5)
+    return all(torch.allclose(a, b, atol=tolerance, rtol=0)
                for a, b in zip(ours, theirs, strict=True))
 
 
@@ -90,8 +90,7 @@ def test_nt_xent_equals_lightly(pair, temperature):
     loss = pytest.importorskip("lightly.loss")
     theirs = loss.NTXentLoss(temperature=temperature)(*pair)
     ours = nt_xent(*pair, temperature=temperature)
-    assert equal(value_and_gradient(ours, *pair), value_and_gradient(theirs, *pair),
-                 tolerance=1e-5)
+    assert equal(value_and_gradient(ours, *pair), value_and_gradient(theirs, *pair))
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -99,8 +98,7 @@ def test_nt_xent_equals_pytorch_metric_learning(pair, temperature):
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     theirs = losses.SelfSupervisedLoss(losses.NTXentLoss(temperature=temperature))(*pair)
     ours = nt_xent(*pair, temperature=temperature)
-    assert equal(value_and_gradient(ours, *pair), value_and_gradient(theirs, *pair),
-                 tolerance=1e-5)
+    assert equal(value_and_gradient(ours, *pair), value_and_gradient(theirs, *pair))
 
 
 def test_queue_form_equals_lightly_with_a_memory_bank(pair, generator):
@@ -110,7 +108,7 @@ def test_queue_form_equals_lightly_with_a_memory_bank(pair, generator):
     peer.memory_bank.bank = queue.clone()
     q, k = pair[0], pair[1].detach()
     ours = info_nce(q, k, temperature=0.2, queue=queue)
-    assert equal(value_and_gradient(ours, q), value_and_gradient(peer(q, k), q), tolerance=1e-5)
+    assert equal(value_and_gradient(ours, q), value_and_gradient(peer(q, k), q))
 
 
 # ------------------------------------------------------------------------ the losses by loop
@@ -144,13 +142,13 @@ def test_info_nce_without_a_queue_is_clips_half(pair):
                  value_and_gradient(theirs, q, k))
 
 
-def test_scores_get_probability_minus_label_over_temperature(pair):
-    logits, labels = nt_xent_logits(*pair, temperature=0.2)
-    leaf = logits.detach().requires_grad_()
-    F.cross_entropy(leaf, labels, reduction="sum").backward()
-    wanted = logits.softmax(1) - F.one_hot(labels, logits.shape[1])
-    assert torch.allclose(leaf.grad, wanted, atol=1e-6)
-    assert (logits.detach().softmax(1).diagonal() == 0).all()  # a view is no candidate of its own
+def test_cosines_get_probability_minus_label_over_temperature(pair):
+    logits, labels = nt_xent_logits(*(z.detach() for z in pair), temperature=0.2)
+    cosines = (0.2 * logits).requires_grad_()
+    F.cross_entropy(cosines / 0.2, labels, reduction="sum").backward()
+    wanted = (logits.softmax(1) - F.one_hot(labels, logits.shape[1])) / 0.2
+    assert torch.allclose(cosines.grad, wanted, atol=1e-5)
+    assert (logits.softmax(1).diagonal() == 0).all()  # a view is no candidate of its own
 
 
 def test_swapping_views_or_scaling_rows_changes_nothing(pair):
@@ -231,7 +229,8 @@ def test_embeddings_that_are_not_finite_are_named(pair, value):
     z0, z1 = (z.detach().clone() for z in pair)
     z1[[3, 7], 2] = value
     for loss in (nt_xent, info_nce):
-        with pytest.raises(ValueError, match=r"finite; rows \[3, 7\] of the second"):
+        name = "z1" if loss is nt_xent else "keys"
+        with pytest.raises(ValueError, match=rf"{name} must be finite; rows \[3, 7\]"):
             loss(z0, z1, temperature=0.5)
 
 
@@ -243,6 +242,7 @@ def test_embeddings_that_are_not_finite_are_named(pair, value):
         (torch.ones(3, 4), torch.ones(2, 4), r"one shape.*\(3, 4\).*\(2, 4\)"),
         (torch.ones(3, 4, 1), torch.ones(3, 4, 1), r"\(B, D\)"),
         (torch.ones(3, 4, dtype=torch.int64), torch.ones(3, 4, dtype=torch.int64), "int64"),
+        (torch.ones(3, 4), torch.ones(3, 4, dtype=torch.int64), "z1 must be.*float.*int64"),
     ],
 )
 def test_wrong_embeddings_are_refused_by_message(z0, z1, message):
@@ -264,11 +264,46 @@ def test_one_query_needs_a_queue(generator):
     assert info_nce(one, one, temperature=0.5, queue=queue).isfinite()
 
 
-def test_a_batch_of_one_image_is_refused_in_training():
-    model = small_model().eval()  # BatchNorm of the head would refuse it too, less clearly
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_batch_of_one_image_is_refused(mode):
     view = torch.rand(1, 3, 12, 12)
-    with pytest.raises(ValueError, match="at least 2 images"):
-        simclr_loss(model, (view, view))
+    with pytest.raises(ValueError, match="z0 must hold at least 2 images.*got 1"):
+        simclr_loss(small_model().train(mode), (view, view))
+
+
+def test_one_image_is_refused_by_moco_in_training_only():
+    model, view = MoCo(small_model(), queue_size=16), torch.rand(1, 3, 12, 12)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="views must hold at least 2 images in training.*got 1"):
+        moco_loss(model, (view, view))
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert moco_loss(model.eval(), (view, view))[0].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "rank"),
+    [(((12, 16), (11, 16)), 0), (((12, 15), (12, 15)), 0), (((12, 16), (12, 16)), 1),
+     (((12, 16), (12, 16)), -1)],
+)
+def test_keys_without_the_rows_of_the_rank_are_refused(pair, shapes, rank):
+    keys = tuple(torch.ones(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=rf"keys must be two \(N, 16\).* of rank {rank}; got"):
+        nt_xent(*pair, temperature=0.5, keys=keys, rank=rank)
+
+
+@pytest.mark.parametrize(
+    ("queue", "message"),
+    [
+        (torch.ones(0, 16), r"queue must be \(B, D\) float, B > 0; got \(0, 16\)"),
+        (torch.ones(5, 15), r"queue must be \(K, 16\); got \(5, 15\)"),
+        (torch.ones(5, 16, dtype=torch.int64), "queue must be.*int64"),
+        (torch.full((5, 16), math.nan), r"queue must be finite; rows \[0, 1, 2, 3, 4\]"),
+    ],
+)
+def test_queues_that_do_not_fit_are_refused(pair, queue, message):
+    with pytest.raises(ValueError, match=message):
+        info_nce(*pair, temperature=0.5, queue=queue)
 
 
 @pytest.mark.parametrize(
@@ -278,6 +313,8 @@ def test_a_batch_of_one_image_is_refused_in_training():
         ((torch.rand(4, 3, 8, 8),) * 3, "2 batches.*got 3"),
         ((torch.rand(4, 3, 8, 8), torch.zeros(4, 3, 8, 8).byte()), r"views\[1\].*uint8"),
         ((torch.rand(4, 3, 8, 8), torch.full((4, 3, 8, 8), 300)), r"views\[1\].*float.*int64"),
+        ((torch.rand(5, 3, 8, 8), torch.rand(3, 3, 8, 8)), r"views\[1\] must hold as many.*3 and 5"),
+        ((torch.rand(0, 3, 8, 8),) * 2, r"views\[0\] must hold.*above 0; got 0"),
     ],
 )
 @pytest.mark.parametrize("loss", [simclr_loss, moco_loss])
@@ -285,6 +322,36 @@ def test_wrong_views_are_refused_by_message(views, message, loss):
     model = small_model() if loss is simclr_loss else MoCo(small_model(), queue_size=16)
     with pytest.raises(ValueError, match=message):
         loss(model, views)
+
+
+def test_views_of_two_sizes_do_not_go_through_one_pass():
+    views = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 12, 8)
+    with pytest.raises(ValueError, match=r"views must have one shape; got .*8, 8\), .*12, 8\)"):
+        simclr_loss(small_model(), views)
+    assert moco_loss(MoCo(small_model(), queue_size=16), views)[0].isfinite()  # two passes
+
+
+@pytest.mark.parametrize("kind", ["simclr", "moco"])
+@pytest.mark.parametrize("size", [(8, 13), (12, 12)])
+def test_identical_images_and_half_precision_give_finite_steps(kind, size):
+    model = small_model() if kind == "simclr" else MoCo(small_model(), queue_size=16)
+    loss = {"simclr": simclr_loss, "moco": moco_loss}[kind]
+    views = (torch.full((6, 3, *size), 0.5),) * 2
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, _ = loss(model, views)
+    value.backward()
+    assert value.dtype == torch.float32 and value.isfinite()
+    if kind == "simclr":
+        assert value.item() == pytest.approx(math.log(11), abs=1e-3)  # nothing tells them apart
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_images_too_small_for_the_grid_are_refused():
+    model = small_model(pool=2).eval()
+    with pytest.raises(ValueError, match=r"at least pool = 2; got \(2, 16, 1, 1\) of"):
+        model(torch.rand(2, 3, 2, 2))
+    with pytest.raises(ValueError, match="pool must be at least 1; got 0"):
+        small_model(pool=0)
 
 
 def test_pixels_that_are_not_finite_are_named_and_nothing_is_changed():
@@ -315,6 +382,26 @@ def test_alignment_and_uniformity_at_their_limits():
     assert alignment(same, 2 * same) == 0 and uniformity(same) == 0
     assert alignment(opposite, opposite.flip(0)).item() == pytest.approx(4)
     assert uniformity(opposite).item() == pytest.approx(-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_alignment_and_uniformity_of_zeros_and_half_precision(pair, dtype):
+    low = [z.detach().to(dtype) for z in pair]
+    exact = [z.float() for z in low]
+    assert alignment(*low) == alignment(*exact) and uniformity(low[0]) == uniformity(exact[0])
+    nothing = torch.zeros(3, 4, requires_grad=True)
+    (alignment(nothing, torch.ones(3, 4)) + uniformity(nothing)).backward()
+    assert nothing.grad.isfinite().all()
+
+
+def test_alignment_and_uniformity_refuse_what_has_no_pair():
+    with pytest.raises(ValueError, match=r"z0 and z1 must have one shape.*\(1, 4\) and \(3, 4\)"):
+        alignment(torch.ones(1, 4), torch.ones(3, 4))
+    with pytest.raises(ValueError, match="z must hold at least 2 rows.*got 1"):
+        uniformity(torch.ones(1, 4))
+    for call in (uniformity, partial(alignment, torch.ones(2, 4))):
+        with pytest.raises(ValueError, match=r"must be finite; rows \[1\]"):
+            call(torch.tensor([[1.0] * 4, [math.nan] * 4]))
 
 
 # -------------------------------------------------------------------------- views and models
@@ -486,8 +573,13 @@ def test_styles_that_do_not_match_are_refused():
         stack_styles(drawings(), ("a", "d"))
     with pytest.raises(ValueError, match="same concepts"):
         stack_styles(drawings()[:9], ("a", "b"))
-    with pytest.raises(ValueError, match="at least two styles"):
-        two_artists(torch.rand(2, 3, 4, 4), torch.Generator(), view=lambda x, _: x)
+    with pytest.raises(ValueError, match=r"styles must name at least two; got \['a'\]"):
+        stack_styles(drawings(), ["a"])
+    for channels in (3, 7):  # one style, and two and a third
+        with pytest.raises(ValueError, match=f"at least two styles of 3.*got {channels} channels"):
+            two_artists(torch.rand(2, channels, 4, 4), torch.Generator(), view=lambda x, _: x)
+    with pytest.raises(ValueError, match="images must be.*float.*uint8"):
+        two_artists(torch.zeros(2, 6, 4, 4).byte(), torch.Generator(), view=lambda x, _: x)
 
 
 def test_retrieval_counts_own_rows(generator):
@@ -502,6 +594,10 @@ def test_retrieval_counts_own_rows(generator):
         retrieval_accuracy(bank[1:], bank)
     with pytest.raises(ValueError, match=r"k must be in 1\.\.30"):
         retrieval_accuracy(bank, bank, k=31)
+    assert retrieval_accuracy(bank.half(), bank.half()) == 1.0
+    bank[4, 2] = math.nan
+    with pytest.raises(ValueError, match=r"bank must be finite; rows \[4\]"):
+        retrieval_accuracy(queries, bank)
 
 
 def test_whitening_gives_unit_covariance_and_undoes_scales(generator):
@@ -514,8 +610,18 @@ def test_whitening_gives_unit_covariance_and_undoes_scales(generator):
     assert torch.allclose(cosines[0] @ cosines[0].T, cosines[1] @ cosines[1].T, atol=1e-3)
     constant = torch.cat([rows, torch.ones(400, 1)], dim=1)
     assert whitening(constant)(constant).isfinite().all()
-    with pytest.raises(ValueError, match="ridge must be above 0; got 0"):
-        whitening(rows, ridge=0)
+    z = (rows - rows.mean(0)) / rows.std(0, correction=0)
+    variances, directions = torch.linalg.eigh((z.T @ z / 400).double())
+    root = directions @ torch.diag((variances + 0.5).rsqrt()) @ directions.T
+    assert torch.allclose(whitening(rows, ridge=0.5)(rows), z @ root.float(), atol=1e-4)
+    assert torch.allclose(whitening(rows.half())(rows), whitening(rows)(rows), atol=0.02)
+    for ridge in (0, math.nan):
+        with pytest.raises(ValueError, match=f"ridge must be above 0; got {ridge}"):
+            whitening(rows, ridge=ridge)
+    rows[7] = math.inf
+    for wrong, message in ((rows, r"finite; rows \[7\]"), (rows[0], r"\(B, D\).*got \(5,\)")):
+        with pytest.raises(ValueError, match=f"features must be {message}"):
+            whitening(wrong)
 
 
 # -------------------------------------------------------------------------- two processes

@@ -27,6 +27,7 @@ from vlm_course.self_supervised.evaluation import (
     mcnemar_test,
     wilson_interval,
 )
+from vlm_course.self_supervised.masked import MAE, MAEConfig
 from vlm_course.self_supervised.without_negatives import participation_ratio
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,11 +133,23 @@ def test_zero_rows_and_half_precision(space):
     (dict(bank=torch.zeros(0, 16)), "N > 0"),
     (dict(bank=torch.ones(120, 16, dtype=torch.int64)), "float"),
     (dict(labels=torch.zeros(5, dtype=torch.int64)), r"\(120,\)"),
+    (dict(labels=torch.zeros(120)), "int64.*float32"),
+    (dict(labels=torch.zeros(120, dtype=torch.int32)), "int64.*int32"),
+    (dict(labels=torch.full((120,), -1)), "labels of bank must be in 0..C-1; got -1"),
+    (dict(labels=torch.full((120,), 6), num_classes=6), "num_classes must be above .* 6; got 6"),
+    (dict(num_classes=0), "num_classes must be above"),
 ])
 def test_what_votes_refuse(space, change, words):
     bank, labels, queries = space
     with pytest.raises(ValueError, match=words):
         knn_probabilities(**{"queries": queries, "bank": bank, "labels": labels, "k": 5} | change)
+
+
+def test_one_query_is_a_batch_of_one(space):
+    bank, labels, queries = space
+    one, all_ = (knn_probabilities(q, bank, labels, k=9, num_classes=6)
+                 for q in (queries[:1], queries))
+    assert one.shape == (1, 6) and torch.allclose(one[0], all_[0], atol=1e-6)
 
 
 # ------------------------------------------------------------------------------- few labels
@@ -150,6 +163,11 @@ def test_draws_are_balanced_disjoint_and_repeatable():
     assert not torch.equal(rows, draw_labels(labels, 5, generator=torch.Generator().manual_seed(1)))
     with pytest.raises(ValueError, match=r"per_class must be in 1\.\.5, .*class 2; got 6"):
         draw_labels(labels, 6, generator=torch.Generator())
+    for wrong in (labels[:0], labels.float(), labels[None]):
+        with pytest.raises(ValueError, match=r"labels must be \(N,\) int64 with N > 0; got"):
+            draw_labels(wrong, 1, generator=torch.Generator())
+    with pytest.raises(ValueError, match="draws must be at least 1; got 0"):
+        few_label_curve(torch.rand(23, 2), labels, torch.rand(23, 2), labels, draws=0)
 
 
 def test_more_labels_help_and_curves_are_paired(generator):
@@ -177,7 +195,8 @@ def test_rank_of_equal_singular_values_and_the_published_form(generator):
 
 
 def test_rank_at_its_ends():
-    assert effective_rank(torch.ones(10, 4)) == 0.0
+    assert effective_rank(torch.ones(10, 4)) == effective_rank(torch.rand(1, 4)) == 0.0
+    assert abs(effective_rank(torch.eye(8).bfloat16(), center=False) - 8) < 1e-6
     assert abs(effective_rank(torch.arange(10.0)[:, None] * torch.ones(4)) - 1) < 1e-5
     with pytest.raises(ValueError, match="finite"):
         effective_rank(torch.tensor([[1.0, math.inf]]))
@@ -221,6 +240,18 @@ def test_bootstrap_of_single_items_and_of_groups(generator):
     assert naive[1] - naive[0] == pytest.approx((high - low) / 2, rel=0.12)
     with pytest.raises(ValueError, match="groups as long"):
         bootstrap_interval(right, groups=["a"])
+    for wrong in (dict(values=torch.tensor([0.0, math.nan])), dict(confidence=1.0),
+                  dict(repeats=0)):
+        with pytest.raises(ValueError, match="values must be finite, confidence in .* got"):
+            bootstrap_interval(**{"values": right} | wrong)
+
+
+def test_bootstrap_equals_scipy(generator):
+    stats = pytest.importorskip("scipy.stats")
+    right = torch.rand(300, generator=generator) < 0.8
+    theirs = stats.bootstrap((right.double().numpy(),), np.mean, method="percentile",
+                             n_resamples=2000, rng=np.random.default_rng(0)).confidence_interval
+    assert bootstrap_interval(right) == pytest.approx((theirs.low, theirs.high), abs=0.008)
 
 
 # ------------------------------------------------------------------------------- all scores
@@ -247,6 +278,9 @@ def test_features_leave_the_network_alone_and_do_not_depend_on_batches():
             assert torch.equal(value, before[name]), name
         with pytest.raises(ValueError, match="shuffle=False"):
             frozen_features(network, data.batches(8))
+        for layers in (0, 9):
+            with pytest.raises(ValueError, match=rf"layers must be in 1..\d, .*; got {layers}"):
+                frozen_features(network, data.batches(8, shuffle=False), layers=layers)
 
 
 def test_tokens_lie_where_their_patches_lie():
@@ -257,6 +291,51 @@ def test_tokens_lie_where_their_patches_lie():
         tokens = vit.eval().intermediates(data.images.float() / 255)["blocks.2"][:, 1:]
     maps = rows.view(2, 24, 16)  # channel, then the 4 x 4 places in reading order
     assert torch.allclose(maps, tokens.transpose(1, 2), atol=1e-5)
+
+
+def test_pictures_that_are_not_square():
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (3, 3, 16, 24), generator=generator).to(torch.uint8)
+    data = ImageSet(images, torch.arange(3), ["a", "b", "c"], "wide")
+    (resnet, dimensions), _ = networks()
+    torch.manual_seed(0)
+    encoder = MAE(MAEConfig(patch_size=4, dim=24, depth=2, num_heads=3, decoder_dim=24,
+                            decoder_depth=1, decoder_heads=3)).encoder
+    for network, width in ((resnet, dimensions), (encoder, 192)):
+        rows = frozen_features(network, data.batches(2, shuffle=False), precision="fp32")
+        assert rows.shape == (3, width) and rows.isfinite().all()
+    rows = frozen_features(encoder, data.batches(3, shuffle=False), layers=1, pool=2,
+                           precision="fp32").view(3, 24, 2, 2)
+    with torch.no_grad():
+        tokens = list(encoder.intermediates(images.float() / 255).values())[-1][:, 1:]
+    corner = tokens.view(3, 4, 6, 24)[:, :2, :3].mean((1, 2))  # 4 x 6 places, row by row
+    assert torch.allclose(rows[:, :, 0, 0], corner, atol=1e-5)
+
+
+def test_nan_pixels_are_found_in_the_features():
+    (network, _), _ = networks()
+    images = torch.rand(6, 3, 16, 16)
+    images[2, 0, 0, 0] = math.nan
+    rows = frozen_features(network, [(images, torch.zeros(6))], precision="fp32")
+    with pytest.raises(ValueError, match=r"test_features must be finite; rows \[2\]"):
+        evaluate_features(torch.rand(30, rows.shape[1]), torch.arange(30) % 3, rows,
+                          torch.arange(6) % 3)
+
+
+def test_scores_of_features_that_say_nothing_of_one_row_and_in_half_precision(generator):
+    labels = torch.arange(60) % 3
+    labels[:12] = 0
+    same = evaluate_features(torch.ones(60, 4), labels, torch.ones(60, 4), labels)
+    majority = (labels == 0).double().mean().item()
+    assert same["effective_rank"] == 0.0 and same["probe"] == pytest.approx(majority)
+    rows = torch.randn(60, 8, generator=generator) + 3 * F.one_hot(labels, 8)
+    one = evaluate_features(rows, labels, rows[:1], labels[:1])
+    assert one["knn"] in (0.0, 1.0) and one["probe"] in (0.0, 1.0)
+    half, full = (evaluate_features(r, labels, r, labels)
+                  for r in (rows.bfloat16(), rows.bfloat16().float()))
+    assert half == pytest.approx(full, abs=1e-6)
+    with pytest.raises(ValueError, match="test_features must have 8 columns.*got 5"):
+        evaluate_features(rows, labels, rows[:, :5], labels)
 
 
 def test_scores_are_fitted_on_the_training_part_alone(generator):

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +40,16 @@ def numbers(batches) -> list[list[int]]:
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="'emojis'.*'emoji', 'photos', 'fashion_mnist'.*'CIFAR10'"):
         load("emojis")
+
+
+def test_names_go_in_any_case_and_before_folders(monkeypatch, tmp_path):
+    assert load("Emoji", size=4, split="test").name == "emoji"
+    monkeypatch.setattr(I, "load_torchvision", lambda name, **options: name)
+    assert load("cifar10") == load("CIFAR10") == "CIFAR10" and load("stl10") == "STL10"
+    (tmp_path / "cifar10").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "cifar10" / "one.png")
+    monkeypatch.chdir(tmp_path)
+    assert load("cifar10") == "CIFAR10" and len(load("./cifar10")) == 1 == len(load(Path("cifar10")))
 
 
 def test_a_name_that_is_none_is_refused():

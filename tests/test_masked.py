@@ -25,6 +25,7 @@ from vlm_course.self_supervised.masked import (
     masked_mse,
     patch_targets,
     patchify,
+    pixel_mask,
     random_masking,
     reconstruct,
     sincos_positions,
@@ -325,9 +326,12 @@ def test_half_precision() -> None:
     exact = mae_loss(model, batch)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = mae_loss(model, batch)
+    pixels = mae_loss(model, MaskNoise(4)(batch[0].half(), generator())[:1] + batch[1:])
     half = mae_loss(model.bfloat16(), (batch[0].bfloat16(), batch[1]))
-    for loss in (mixed, half):
+    for loss in (mixed, pixels, half):
         assert loss.dtype == torch.float32 and abs(loss - exact) < 0.02 * exact
+    seen = reconstruct(model, batch[0].bfloat16(), batch[1])
+    assert all(picture.isfinite().all() for picture in seen[:3])
 
 
 def test_pixels_are_normalised_inside() -> None:
@@ -432,7 +436,9 @@ def test_the_model_refuses_what_does_not_fit() -> None:
     (dict(patch_size=1, in_channels=1), "normalize_target needs patches of two numbers"),
     (dict(std=(0.0,)), "std positive"),
     (dict(mean=(0.5, 0.5)), "one a channel"),
-    (dict(dim=34), "multiple of"),
+    (dict(dim=34), "dim must be a positive multiple of 4.*of its 2 heads; got 34"),
+    (dict(decoder_dim=18), "decoder_dim must be a positive multiple of 4.*got 18"),
+    (dict(decoder_heads=3), "decoder_dim must be .* of its 3 heads; got 16"),
 ])
 def test_bad_configurations_are_refused(change: dict, message: str) -> None:
     """When the configuration is made, or the model built, or at the first picture."""
@@ -448,8 +454,53 @@ def test_other_refusals() -> None:
         random_masking(torch.rand(2, 4, 4), 0.5)
     with pytest.raises(ValueError, match="block must be at least 1"):
         MaskNoise(4, block=0)
+    for ratio in (math.nan, 1.5, -0.2):
+        with pytest.raises(ValueError, match="mask_ratio must be strictly between 0 and 1; got"):
+            random_masking(torch.rand(2, 4), ratio)
     with pytest.raises(ValueError, match="multiple of 4; got 6"):
         sincos_positions(6, 2, 2)
+
+
+@pytest.mark.parametrize("images, words", [
+    (torch.rand(2, 3, 30, 32), "multiples of patch_size 4; got (2, 3, 30, 32)"),
+    (torch.randint(0, 999, (2, 3, 8, 8)), "float in [0, 1]; got (2, 3, 8, 8) torch.int64"),
+])
+def test_patches_are_cut_only_where_they_fit(images: Tensor, words: str) -> None:
+    """No trace of einops: the message names sizes and patch."""
+    for cut in (lambda: patchify(images, 4), lambda: patch_targets(images, 4, normalize=True)):
+        with pytest.raises(ValueError) as error:
+            cut()
+        assert words in str(error.value)
+
+
+def test_patches_that_make_no_picture_are_refused() -> None:
+    """Rows that do not come out even, and patches that are no square."""
+    with pytest.raises(ValueError, match=r"rows 4.*got \(2, 6, 48\)"):
+        unpatchify(torch.rand(2, 6, 48), patch_size=4, rows=4)
+    with pytest.raises(ValueError, match=r"P one of 16.*got \(2, 6, 47\)"):
+        unpatchify(torch.rand(2, 6, 47), patch_size=4, rows=2)
+    with pytest.raises(ValueError, match=r"rows 4; got \(2, 6\)"):
+        pixel_mask(torch.zeros(2, 6, dtype=torch.bool), patch_size=4, rows=4)
+
+
+def test_the_loss_refuses_shapes_that_would_broadcast() -> None:
+    """A target of one number a patch, or a mask of another batch, would give a wrong number."""
+    patches, masked = torch.rand(2, 6, 48), torch.ones(2, 6, dtype=torch.bool)
+    for target, mask in ((patches[..., :1], masked), (patches, masked[:1]), (patches, ~masked * 1)):
+        with pytest.raises(ValueError, match="masked .B, N. bool; got"):
+            masked_mse(patches, target, mask)
+
+
+def test_looking_refuses_what_cannot_be_shown() -> None:
+    """NaN, two channels, the mask of another batch."""
+    images, noise = views(2, 3, 8, 8)
+    images[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"finite; images \[1\]"):
+        reconstruct(build(), images, noise)
+    shown = torch.zeros(2, 4, dtype=torch.bool)
+    for wrong, mask in ((torch.rand(2, 2, 8, 8), shown), (torch.rand(2, 3, 8, 8), shown[:1])):
+        with pytest.raises(ValueError, match="1 or 3 channels and masked one value a patch"):
+            mark_pasted(wrong, mask, patch_size=4)
 
 
 # ------------------------------------------------------------------------------------------ speed

@@ -55,7 +55,7 @@ def test_modules_are_what_the_notebooks_export():
 @pytest.mark.parametrize(
     ("folder", "lists"),
     [
-        ("vlm_course", ["requirements"]),
+        ("vlm_course", ["requirements", "pretrained_requirements"]),
         ("tools", ["requirements", "dev_requirements", "docs_requirements"]),
         ("tests", ["requirements", "dev_requirements", "docs_requirements"]),
     ],

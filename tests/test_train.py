@@ -16,23 +16,23 @@ from vlm_course import train as cli
 from vlm_course.appendix.checkpoints import load_weights, read_tensors
 from vlm_course.foundations.training import Callback
 
-NEEDS_VIT = {"mae"}
+VITS = {"mae"}  # methods whose own default is a Vision Transformer
+FROM_NOTHING = [name for name in cli.METHODS if name != "finetune"]  # that one: test_predict.py
 QUICK = ["--data", "photos", "--batch_size", "16", "--save_every", "2", "--warmup", "0"]
 
 
 def flags(name: str, out: Path, *more: str) -> list[str]:
     """A run of three steps."""
-    backbone = "vit_mini" if name in NEEDS_VIT else "resnet_mini"
-    return [name, *QUICK, "--steps", "3", "--backbone", backbone, "--out", str(out), *more]
+    return [name, *QUICK, "--steps", "3", "--out", str(out), *more]
 
 
-@pytest.mark.parametrize("name", cli.METHODS)
+@pytest.mark.parametrize("name", FROM_NOTHING)
 def test_every_method_trains_and_leaves_a_backbone(name, tmp_path):
     results = cli.main(flags(name, tmp_path))
     assert len(results["losses"]) == 3 and torch.tensor(results["losses"]).isfinite().all()
     assert results == json.loads((tmp_path / "results.json").read_text())
     assert results["probe"] and all(0 <= value <= 1 for value in results["probe"].values())
-    backbone = cli.make_backbone("vit_mini" if name in NEEDS_VIT else "resnet_mini", image_size=32)
+    backbone = cli.make_backbone("vit_mini" if name in VITS else "resnet_mini", image_size=32)
     weights, _ = read_tensors(tmp_path / "backbone.safetensors")
     learnt = {key for key in backbone.state_dict() if not key.startswith(("fc.", "head."))}
     assert learnt - {"pos_embed"} <= set(weights)  # an MAE computes its positions
@@ -40,11 +40,11 @@ def test_every_method_trains_and_leaves_a_backbone(name, tmp_path):
 
 @pytest.mark.timeout(240)
 def test_two_processes_train_every_method(tmp_path):
-    runs = [flags(name, tmp_path / name) for name in cli.METHODS]
+    runs = [flags(name, tmp_path / name) for name in FROM_NOTHING]
     script = f"from vlm_course.train import main\nfor flags in {runs!r}:\n    main(flags)\n"
     (tmp_path / "runs.py").write_text(script)
     launch(tmp_path / "runs.py")
-    for name in cli.METHODS:
+    for name in FROM_NOTHING:
         results = json.loads((tmp_path / name / "results.json").read_text())
         assert results["processes"] == 2 and len(results["losses"]) == 3
         assert torch.tensor(results["losses"]).isfinite().all(), name
@@ -111,7 +111,7 @@ def test_every_flag_has_help(name, capsys):
     shown = capsys.readouterr().out
     assert cli.ABOUT[name].split()[0] in shown
     words = {}
-    for options in (cli.RunOptions, cli.Method, type(cli.METHODS[name])):
+    for options in (cli.RunOptions, type(cli.METHODS[name]), cli.Method):
         words |= cli.comments(options)
     for field in (*fields(cli.RunOptions), *fields(cli.METHODS[name])):
         if field.name == "method":  # the subcommand says it
@@ -124,6 +124,7 @@ def test_every_flag_has_help(name, capsys):
     (["--tempreature", "1"], "unrecognized arguments: --tempreature"),
     (["--epochs", "many"], "epochs"),
     (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    (["--resume", "perhaps"], "resume"),
 ])  # fmt: skip
 def test_wrong_flags_are_named(wrong, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
@@ -135,6 +136,60 @@ def test_wrong_flags_are_named(wrong, message, tmp_path, capsys):
 def test_a_masked_autoencoder_wants_a_vision_transformer(tmp_path):
     with pytest.raises(ValueError, match="vit_mini.*ResNet"):
         cli.main(flags("mae", tmp_path, "--backbone", "resnet_mini"))
+
+
+@pytest.mark.parametrize(("wrong", "error", "words"), [
+    (["--data", "emojis"], ValueError, "emojis.*CIFAR10"),
+    (["--data", "./nowhere"], FileNotFoundError, "nowhere"),
+    (["--backbone", "resnet19"], ValueError, "resnet18.*resnet19"),
+    (["--precision", "fp8"], ValueError, "fp8"),
+    (["--batch_size", "100000"], ValueError, "batch_size"),
+    (["--clip", "-1"], ValueError, "clip must be above 0"),
+    (["--warmup", "-1"], ValueError, "warmup"),
+    (["--save_every", "0"], ValueError, "every"),
+])  # fmt: skip
+def test_a_run_that_never_began_leaves_the_folder_free(wrong, error, words, tmp_path):
+    with pytest.raises(error, match=words):
+        cli.main(flags("rotation", tmp_path, *wrong))
+    assert not list(tmp_path.iterdir())
+    cli.claim(tmp_path, "# method: rotation\n", resume=False)  # the corrected command may have it
+
+
+def test_a_run_that_ends_early_keeps_its_folder_only_with_a_checkpoint(tmp_path):
+    for every, kept in ((100, False), (2, True)):
+        out = tmp_path / str(every)
+        with pytest.raises(KeyboardInterrupt):
+            cli.train(*cli.parse(flags("rotation", out, "--steps", "4", "--save_every", str(every))),
+                      callbacks=[Stop()])
+        assert (out / "config.yaml").exists() == kept
+
+
+def test_no_steps_are_no_steps(tmp_path):
+    assert cli.main(flags("rotation", tmp_path, "--steps", "0"))["losses"] == []
+
+
+def test_parts_of_named_sets_and_of_folders(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "load", lambda data, size, split: asked.append((data, split)) or split)
+    assert cli.load_parts("cifar10", 32) == ("train", "test")
+    assert cli.load_parts("EuroSAT", 32) == (None, None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()  # a folder of a set's name does not hide the set
+    assert cli.load_parts("photos", 32) == ("train", "test")
+    (tmp_path / "own" / "train").mkdir(parents=True)
+    assert cli.load_parts("own", 32) == ("train", None)
+    (tmp_path / "own" / "test").mkdir()
+    assert cli.load_parts("own", 32) == ("train", "test")
+    assert asked[-1] == ("own", "test")
+
+
+def test_an_unreadable_test_part_is_not_passed_over(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / part / "a" / "0.png")
+    (tmp_path / "test" / "a" / "1.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="1.png"):
+        cli.load_parts(str(tmp_path), 8)
 
 
 def test_an_unknown_backbone_lists_the_known_ones():

@@ -10,6 +10,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,6 +196,21 @@ def test_vicreg_terms_see_their_own_collapse():
     assert sum(vicreg_terms(free, free).values()) < 1e-6
 
 
+@pytest.mark.parametrize("argument", ["student_temperature", "teacher_temperature"])
+def test_dino_refuses_a_temperature_that_is_not_above_zero(argument):
+    logits = [torch.rand(2, 3), torch.rand(2, 3)]
+    with pytest.raises(ValueError, match=f"{argument} must be above 0; got 0.0"):
+        dino_loss(logits, logits, **{argument: 0.0})
+
+
+def test_dino_of_zero_and_equal_logits_gives_finite_gradients():
+    for value in (0.0, 1.0):
+        s = torch.full((6, 4), value, requires_grad=True)
+        loss = dino_loss([s, s], [torch.full((6, 4), value)] * 2)
+        gradient, = torch.autograd.grad(loss, s)
+        assert loss.item() == pytest.approx(math.log(4)) and gradient.abs().max() < 1e-6
+
+
 # ------------------------------------------------------------------------------ the signatures
 
 
@@ -215,6 +231,35 @@ def test_rank_equals_its_eigenvalues(generator, shape):
     values = torch.linalg.eigvalsh(torch.cov(z.T))
     assert participation_ratio(z) == pytest.approx(
         (values.sum() ** 2 / values.square().sum()).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.1, 3.7, -250.0])
+def test_equal_rows_have_no_spread_and_no_rank(value):
+    equal = torch.full((7, 64), value)  # the mean of seven is not exactly the value
+    assert spread(equal) < 1e-5 and participation_ratio(equal) == 0
+    assert spread(equal[:1]) == 0 and participation_ratio(equal[:1]) == 0  # a batch of one
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6, 1e12])
+def test_rank_does_not_depend_on_scale(generator, scale):
+    z, _ = pair(generator, 64)
+    wanted = pytest.approx(participation_ratio(z).item(), rel=1e-4)
+    assert participation_ratio(z * scale).item() == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_signatures_of_half_precision_are_float32(generator, dtype):
+    z = pair(generator, 64)[0].to(dtype)
+    assert torch.equal(spread(z), spread(z.float()))
+    assert torch.equal(participation_ratio(z), participation_ratio(z.float()))
+    q = z.softmax(1)
+    assert torch.equal(entropy(q), entropy(q.float()))
+
+
+def test_nan_is_not_hidden_by_a_signature():
+    z = torch.ones(4, 3)
+    z[0, 0] = math.nan
+    assert spread(z).isnan() and participation_ratio(z).isnan()
 
 
 # ---------------------------------------------------------------------------------- the module
@@ -266,7 +311,7 @@ def test_prototypes_have_length_one(generator):
     assert torch.allclose(layer(x), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["byol", "vicreg", "dino"])
+@pytest.mark.parametrize("name", ALL)
 def test_non_square_views_and_odd_sizes_work(generator, name):
     views = tuple(torch.rand(3, 3, 9, 7, generator=generator) for _ in range(2))
     assert joint_embedding_loss(small(name), views)[0].isfinite()
@@ -283,14 +328,29 @@ def test_a_transformer_backbone_works(generator):
         joint_embedding_loss(model, crops(generator))
 
 
-@pytest.mark.parametrize(("name", "works"), [("byol", True), ("dino", True), ("vicreg", False)])
-def test_batch_of_one(generator, name, works):
+@pytest.mark.parametrize("name", ALL)
+def test_batch_of_one(generator, name):
     views = crops(generator, 1)[:2]
-    if works:
+    if name in ("byol", "simsiam", "dino"):
         assert joint_embedding_loss(small(name), views)[0].isfinite()
     else:
         with pytest.raises(ValueError, match="B at least 2"):
             joint_embedding_loss(small(name), views)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_odd_last_batch_is_a_step_like_others(name):
+    batches = runs.pictures(20).batches(8, drop_last=False, transform=runs.fixed_views)
+    history = fit(runs.method(name), batches, joint_embedding_loss, steps=3,
+                  callbacks=[MomentumTeacher()])  # 8, 8 and 4 images
+    assert len(history.losses) == 3 and all(map(math.isfinite, history.losses))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_views_of_other_images_are_refused(generator, name):
+    views = [torch.rand(rows, 3, 8, 8, generator=generator) for rows in (3, 5)]
+    with pytest.raises(ValueError, match=r"as many images as views\[0\], above 0; got 5 and 3"):
+        joint_embedding_loss(small(name), views)
 
 
 def test_bad_views_are_refused_by_message(generator):
@@ -301,6 +361,8 @@ def test_bad_views_are_refused_by_message(generator):
         joint_embedding_loss(model, views[:1])
     with pytest.raises(ValueError, match=r"views\[1\].*uint8"):
         joint_embedding_loss(model, [views[0], (views[1] * 255).to(torch.uint8)])
+    with pytest.raises(ValueError, match=r"views\[0\] must be .* float.*int64"):
+        joint_embedding_loss(model, [(views[0] * 999).long(), views[1]])
     views[1][3, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match=r"views\[1\] must be finite; images \[3\]"):
         joint_embedding_loss(model, views)
@@ -320,7 +382,16 @@ def test_equal_images_and_half_precision_stay_finite(name):
     [({"method": "moco"}, "method must be one of.*'moco'"),
      ({"stop_gradient": False}, "stop_gradient must be True with a teacher"),
      ({"momentum": 1.5}, "momentum.*1.5"),
-     ({"method": "vicreg"}, "predictor must be False for method 'vicreg'")])
+     ({"method": "vicreg"}, "predictor must be False for method 'vicreg'"),
+     ({"method": "vicreg", "predictor": False}, "teacher must be False for method 'vicreg'"),
+     ({"method": "barlow_twins", "predictor": False, "teacher": False},
+      "stop_gradient must be False for method 'barlow_twins'"),
+     ({"method": "dino"}, "predictor must be False for method 'dino'"),
+     ({"method": "dino", "predictor": False, "final_norm": True},
+      "final_norm must be False for method 'dino'"),
+     ({"center_momentum": -0.1}, "center_momentum.*-0.1"),
+     ({"temperature_warmup": 2}, "temperature_warmup.*2"),
+     ({"teacher_temperature": (0.04, 0.0)}, r"above 0; got 0.1 and \(0.04, 0.0\)")])
 def test_parts_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(METHODS["byol"], **changes)
@@ -344,6 +415,23 @@ def test_momentum_rises_by_half_a_cosine():
     assert teacher.momentum(0.9, 0, 10) == pytest.approx(0.9)
     assert teacher.momentum(0.9, 5, 10) == pytest.approx(0.95)
     assert teacher.momentum(0.9, 10, 10) == 1
+
+
+def test_teacher_moves_by_the_rest_of_its_momentum():
+    model = runs.method("byol")  # momentum 0.5 at the start
+    before = [p.clone() for p in model.teacher.parameters()]
+    runs.run(model, steps=1, callbacks=[])
+    assert all(torch.equal(p, old) for p, old in
+               zip(model.teacher.parameters(), before, strict=True))  # nothing else moves it
+    run = SimpleNamespace(model=model, step=1, steps=2)
+    m = MomentumTeacher().momentum(0.5, 1, 2)
+    assert m == pytest.approx(0.75)
+    MomentumTeacher().on_step(run)
+    for p, old, new in zip(model.teacher.parameters(), before, model.student.parameters(),
+                           strict=True):
+        assert torch.allclose(p, m * old + (1 - m) * new, atol=1e-7)
+    assert any(not torch.equal(p, old) for p, old in
+               zip(model.teacher.parameters(), before, strict=True))
 
 
 def test_teacher_centre_and_temperature_are_resumed(tmp_path):
@@ -417,6 +505,8 @@ def test_alarm_refuses_what_it_does_not_know():
         CollapseAlarm(action="mail")
     with pytest.raises(ValueError, match="loss"):
         CollapseAlarm(limits={"loss": 1.0})
+    with pytest.raises(ValueError, match="patience at least 1.*got 'raise', 0"):
+        CollapseAlarm(patience=0)
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_names_the_step():

@@ -544,18 +544,21 @@ def undeclared(source: str, allowed: set[str]) -> list[str]:
     )
 
 
+LIBRARY = ("requirements", "pretrained_requirements")  # the second inside functions that need it
+
+
 def check_imports(path: Path, notebook) -> list[Finding]:
     """What a notebook imports, `make lab` installs; what it exports needs the library's only."""
     found = []
     for number, cell in code_cells(notebook):
         exported = EXPORT.search(cell.source)
-        keys = ["requirements"] if exported else ["requirements", "dev_requirements"]
+        keys = LIBRARY if exported else [*LIBRARY, "dev_requirements"]
         plain = re.sub(r"^\s*[%!].*$", "", cell.source, flags=re.MULTILINE)
         if cell.source.lstrip().startswith("%%"):
             continue
         for name in undeclared(plain, declared(*keys)):
             found.append(
-                Finding(path, f"imports {name}, not in {keys[-1]} of settings.ini", number)
+                Finding(path, f"imports {name}, not in {', '.join(keys)} of settings.ini", number)
             )
     return found
 
@@ -614,7 +617,7 @@ def lint(paths: list[Path] | None = None) -> list[Finding]:
             found += check(path, notebook)
     found += check_one_module_each(every)
     if paths is None:
-        found += check_module_imports(sorted((ROOT / "vlm_course").rglob("*.py")), "requirements")
+        found += check_module_imports(sorted((ROOT / "vlm_course").rglob("*.py")), *LIBRARY)
     return found
 
 

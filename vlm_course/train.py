@@ -4,34 +4,41 @@
 
 # %% auto #0
 __all__ = ['RESNETS', 'VITS', 'FREE', 'METHODS', 'ABOUT', 'patch_side', 'make_backbone', 'Method', 'SupervisedConfig',
-           'RotationConfig', 'MAERecipe', 'RunOptions', 'to_yaml', 'claim', 'write_text', 'probe', 'load_parts',
-           'prepare', 'summary', 'train', 'own_comments', 'comments', 'make_parser', 'parse', 'main']
+           'RotationConfig', 'MAERecipe', 'RunOptions', 'to_yaml', 'claim', 'claimed', 'write_text', 'probe',
+           'load_parts', 'prepare', 'leave_backbone', 'summary', 'train', 'hold_out', 'FinetuneRecipe', 'own_comments',
+           'comments', 'make_parser', 'parse', 'main']
 
-# %% ../nbs/train.ipynb #c018328d
+# %% ../nbs/train.ipynb #7896afff
+import contextlib
 import inspect
 import json
 import math
 import platform
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
 
 from .appendix.checkpoints import Checkpoint, save_weights
+from .appendix.files import OFFLINE, TORCHVISION
 from .appendix.processes import make_accelerator
 from .foundations.augmentation import Compose, RandomHorizontalFlip, RandomResizedCrop
 from .foundations.images import Batches, ImageSet, load
 from .foundations.networks import Backbone, ResNet, ResNetConfig, ViT, ViTConfig
-from .foundations.training import Callback, History, classification_loss, fit
+from .foundations.training import Callback, History, classification_loss, fit, predict
+from .predict import model_card, save_classifier
 from .self_supervised.contrastive import MoCoConfig, SimCLRConfig
 from .self_supervised.masked import MAE, MAEConfig, MaskNoise, mae_loss
 from .self_supervised.rotation import layer_features, linear_probe, rotation_loss
 from .self_supervised.without_negatives import METHODS as JOINT_EMBEDDINGS
+from .transfer.finetune import (FinetuneConfig, check_task, confusion_matrix,
+                                          confusion_table)
+from .transfer.pretrained import PretrainedModel, load_pretrained
 
 # %% ../nbs/train.ipynb #ff4ae80b
 RESNETS = {
@@ -71,7 +78,7 @@ def make_backbone(
                              patch_size=patch_side(image_size)))
     raise ValueError(f"backbone must be one of {[*RESNETS, *VITS]}; got {name!r}")
 
-# %% ../nbs/train.ipynb #5bcb609b
+# %% ../nbs/train.ipynb #0cbb7151
 class Method(Protocol):
     "What a chapter's configuration has, such as `SimCLRConfig`; fields besides are its own."
 
@@ -90,7 +97,9 @@ class Method(Protocol):
     def loss(self) -> Callable:
         "loss(model, *batch) of `fit`."
 
-    # and, if there are any: callbacks() -> list[Callback], such as a teacher's step
+    # and, if there are any: callbacks() -> list[Callback], such as a teacher's step;
+    # `backbone`, a class variable: the name of the network if --backbone is not given; and what
+    # `FinetuneRecipe` has besides: parts, network, optimizer, finish
 
 # %% ../nbs/train.ipynb #71638553
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +140,12 @@ class RotationConfig(SupervisedConfig):
         "Mean cross-entropy over the four turns."
         return rotation_loss
 
-# %% ../nbs/train.ipynb #663507d2
+# %% ../nbs/train.ipynb #fd0e0c7c
 @dataclass(frozen=True, kw_only=True)
 class MAERecipe(SupervisedConfig):
     "Paint the hidden patches: a masked autoencoder (He et al., 2022). Wants a ViT as backbone."
 
+    backbone: ClassVar[str] = "vit_mini"  # where --backbone is not given
     epochs: float = 800  # passes over the training pictures
     scale: tuple[float, float] = (0.2, 1.0)  # area of the random crops; (1, 1): no augmentation
     mask_ratio: float = 0.75  # share of the patches hidden
@@ -163,14 +173,14 @@ class MAERecipe(SupervisedConfig):
         "Mean squared error on the hidden patches."
         return mae_loss
 
-# %% ../nbs/train.ipynb #1cc92276
+# %% ../nbs/train.ipynb #57e524c6
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     "What every run needs, whatever its method."
 
     out: Path  # folder that the run owns: configuration, checkpoints, weights, results
-    data: str = "emoji"  # a set of the course, a torchvision class as CIFAR10, or a folder
-    backbone: str = "resnet_mini"  # a name of `RESNETS` or `VITS`
+    data: str = "emoji"  # a set of the course, a torchvision class such as CIFAR10, or a folder
+    backbone: str = "resnet_mini"  # of `RESNETS` or `VITS`; finetune: as in `load_pretrained`
     steps: int | None = None  # optimiser steps; takes the place of epochs
     warmup: float = 0.05  # share of the run in which the learning rate rises
     clip: float | None = None  # largest norm of the whole gradient
@@ -194,7 +204,7 @@ def to_yaml(
              for key, value in values.items() if key != "method"]  # JSON is YAML
     return "\n".join([f"# method: {name}", *lines, ""])
 
-# %% ../nbs/train.ipynb #e39dcfcf
+# %% ../nbs/train.ipynb #f676ba12
 def claim(
     folder: Path,  # that the run owns
     text: str,  # `to_yaml` of it
@@ -221,6 +231,23 @@ def claim(
         raise ValueError(f"resume goes on with the run of {str(path)!r}, but {'; '.join(other)}")
     return None
 
+# %% ../nbs/train.ipynb #557928e9
+@contextlib.contextmanager
+def claimed(
+    folder: Path,  # that the run owns
+    text: str,  # `to_yaml` of it
+    *,
+    resume: bool,  # whether a run may be there
+) -> Iterator[None]:
+    "`claim` for the time of a run; one that fails before its first checkpoint frees the folder."
+    claim(folder, text, resume=resume)
+    try:
+        yield
+    except BaseException:  # Ctrl-C too
+        if not any((folder / "checkpoints").glob("step-*.safetensors")):
+            (folder / "config.yaml").unlink(missing_ok=True)
+        raise
+
 
 def write_text(path: Path, text: str) -> None:
     "The file appears whole or not at all."
@@ -228,7 +255,7 @@ def write_text(path: Path, text: str) -> None:
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
-# %% ../nbs/train.ipynb #2b5df2ad
+# %% ../nbs/train.ipynb #def072de
 def probe(
     backbone: Backbone,
     train: ImageSet,
@@ -246,16 +273,16 @@ def load_parts(
     data: str,  # as in `RunOptions`
     size: int,  # side in pixels
 ) -> tuple[ImageSet, ImageSet | None]:  # to train on, and to test on if the set has such a part
-    "The training and the test pictures; all pictures and None for a folder without those parts."
-    if Path(data).is_dir() and not (Path(data) / "train").is_dir():
-        return load(data, size=size), None
-    train = load(data, size=size, split="train")
-    try:
-        return train, load(data, size=size, split="test")
-    except ValueError:  # some sets of torchvision, and folders with a train part alone
-        return train, None
+    "The training and the test pictures; all pictures and None for a set without those parts."
+    named = {name.lower(): parts for name, parts in TORCHVISION.items()}
+    named |= dict.fromkeys(OFFLINE, {"train", "test"})
+    folder, known = Path(data).expanduser(), data.lower() in named
+    train, test = (part in named[data.lower()] if known else (folder / part).is_dir()
+                   for part in ("train", "test"))
+    return (load(data, size=size, split="train" if train else None),
+            load(data, size=size, split="test") if test else None)
 
-# %% ../nbs/train.ipynb #21db26eb
+# %% ../nbs/train.ipynb #bfcf0713
 def prepare(
     method: Method,
     options: RunOptions,
@@ -263,12 +290,29 @@ def prepare(
 ) -> tuple[Backbone, nn.Module, Batches]:  # what is kept, what is trained, on what
     "Everything that the seed decides."
     torch.manual_seed(options.seed)
-    backbone = make_backbone(options.backbone, image_size=method.size,
-                             in_channels=data.images.shape[1], num_classes=len(data.classes))
+    if hasattr(method, "network"):
+        backbone = method.network(options, data)
+    else:
+        backbone = make_backbone(options.backbone, image_size=method.size,
+                                 in_channels=data.images.shape[1], num_classes=len(data.classes))
     batches = data.batches(method.batch_size, transform=method.transform(), drop_last=True,
                            generator=torch.Generator().manual_seed(options.seed))
     model = method.build(backbone)
     return model.encoder if isinstance(model, MAE) else backbone, model, batches
+
+# %% ../nbs/train.ipynb #980e984c
+def leave_backbone(
+    backbone: Backbone,  # trained
+    options: RunOptions,
+    data: ImageSet,  # that it was trained on
+    test: ImageSet | None,
+    text: str,  # of config.yaml
+) -> dict:  # what goes into `results.json`
+    "Write `backbone.safetensors`, and probe the backbone if there is a test part."
+    save_weights(backbone, options.out / "backbone.safetensors")
+    if test is None:
+        return {}
+    return {"probe": probe(backbone, data, test, precision=options.precision)}
 
 
 def summary(
@@ -283,7 +327,7 @@ def summary(
             "torch": torch.__version__, "python": platform.python_version(),
             "losses": history.losses, "metrics": history.metrics}
 
-# %% ../nbs/train.ipynb #57267faa
+# %% ../nbs/train.ipynb #73148ed7
 def train(
     name: str,  # of the method, in `METHODS`
     method: Method,
@@ -291,35 +335,87 @@ def train(
     *,
     callbacks: Iterable[Callback] = (),  # as in `fit`
 ) -> dict:  # what `results.json` holds; empty in all processes but the first
-    """Train, evaluate, and leave `config.yaml`, `checkpoints`, `backbone.safetensors` and
-    `results.json` in `options.out`. Under `accelerate launch` every process calls it.
+    """Train, evaluate, and leave `config.yaml`, `checkpoints`, the weights and `results.json` in
+    `options.out`. Under `accelerate launch` every process calls it.
     """
     accelerator = make_accelerator()
-    if accelerator.is_main_process:
-        claim(options.out, to_yaml(name, method, options), resume=options.resume)
-    accelerator.wait_for_everyone()
-    data, test = load_parts(options.data, method.size)
-    backbone, model, batches = prepare(method, options, data)
-    length = dict(steps=options.steps) if options.steps else dict(epochs=method.epochs)
-    keep = Checkpoint(options.out / "checkpoints", every=options.save_every)
-    history = fit(model, batches, method.loss(), **length, lr=method.lr, clip=options.clip,
-                  weight_decay=method.weight_decay, warmup=options.warmup, seed=options.seed,
-                  precision=options.precision, resume=options.resume,
-                  callbacks=[*getattr(method, "callbacks", list)(), *callbacks, keep])
+    first, text = accelerator.is_main_process, to_yaml(name, method, options)
+    with claimed(options.out, text, resume=options.resume) if first else contextlib.nullcontext():
+        with accelerator.local_main_process_first():  # one process downloads, the others find it
+            data, test = getattr(method, "parts", load_parts)(options.data, method.size)
+        backbone, model, batches = prepare(method, options, data)
+        length = dict(epochs=method.epochs) if options.steps is None else dict(steps=options.steps)
+        keep = Checkpoint(options.out / "checkpoints", every=options.save_every)
+        adamw = dict(lr=method.lr, weight_decay=method.weight_decay)
+        own = dict(optimizer=method.optimizer) if hasattr(method, "optimizer") else adamw
+        history = fit(model, batches, method.loss(), **length, **own, warmup=options.warmup,
+                      clip=options.clip, seed=options.seed, precision=options.precision,
+                      resume=options.resume,
+                      callbacks=[*getattr(method, "callbacks", list)(), *callbacks, keep])
     results = {}
-    if accelerator.is_main_process:
-        save_weights(backbone, options.out / "backbone.safetensors")
-        results = summary(name, history, accelerator)
-        if test is not None:
-            results["probe"] = probe(backbone, data, test, precision=options.precision)
+    if first:
+        finish = getattr(method, "finish", leave_backbone)
+        results = summary(name, history, accelerator) | finish(backbone, options, data, test, text)
         write_text(options.out / "results.json", json.dumps(results, indent=2))
     accelerator.wait_for_everyone()
     return results
 
-# %% ../nbs/train.ipynb #f04d070c
+# %% ../nbs/train.ipynb #9dc306c3
+def hold_out(
+    data: ImageSet,
+    *,
+    share: float = 0.2,  # of each class, at least one picture
+    seed: int = 0,
+) -> tuple[ImageSet, ImageSet]:  # to train on, to test on
+    "The same pictures of every class are held out each time; `ValueError` if a class has only one."
+    held = torch.zeros(len(data), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed)
+    for k, name in enumerate(data.classes):
+        rows = (data.labels.cpu() == k).nonzero().flatten()
+        if len(rows) == 1:
+            raise ValueError(f"class {name!r} has one picture; at least 2 are needed, one of them "
+                             "for the test")
+        chosen = torch.randperm(len(rows), generator=generator)[:max(1, round(share * len(rows)))]
+        held[rows[chosen]] = True
+    return data[~held], data[held]
+
+# %% ../nbs/train.ipynb #4b140c00
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe(FinetuneConfig):
+    "A pretrained network learns your classes."
+
+    backbone: ClassVar[str] = "efficientnet_lite0"  # where --backbone is not given
+
+    def parts(self, data: str, size: int) -> tuple[ImageSet, ImageSet]:
+        "Pictures to train on and to test on; `hold_out` where the set has no test part."
+        train, test = load_parts(data, size)
+        return hold_out(train) if test is None else (train, test)
+
+    def network(self, options: RunOptions, data: ImageSet) -> PretrainedModel:
+        "The pretrained network with a new head, if it can learn the data."
+        model = load_pretrained(options.backbone, size=self.size)
+        check_task(model.reset_head(len(data.classes), classes=data.classes), data)
+        return model
+
+    def finish(self, model: PretrainedModel, options: RunOptions, data: ImageSet, test: ImageSet,
+               text: str) -> dict:
+        "Leave `model.safetensors` and `README.md`; print the confusion matrix, and return it."
+        outputs, labels = predict(model.eval(), test.batches(self.batch_size, shuffle=False),
+                                  precision=options.precision)
+        matrix = confusion_matrix(outputs.argmax(1), labels, num_classes=len(data.classes))
+        save_classifier(model, options.out / "model.safetensors")
+        write_text(options.out / "README.md", model_card(model, data, test, matrix, config=text))
+        print(confusion_table(matrix, data.classes))
+        right = int(matrix.diagonal().sum())
+        print(f"accuracy {right / len(labels):.3f} on {len(labels)} pictures held out")
+        return {"accuracy": right / len(labels), "confusion": matrix.tolist(),
+                "classes": data.classes}
+
+# %% ../nbs/train.ipynb #8fdaa7ba
 METHODS: dict[str, Method] = {
     "supervised": SupervisedConfig(), "rotation": RotationConfig(),
-    "simclr": SimCLRConfig(), "moco": MoCoConfig(), "mae": MAERecipe(), **JOINT_EMBEDDINGS}
+    "simclr": SimCLRConfig(), "moco": MoCoConfig(), "mae": MAERecipe(), **JOINT_EMBEDDINGS,
+    "finetune": FinetuneRecipe()}
 ABOUT = {  # one line each, for --help
     "supervised": "cross-entropy on the labels, the control of all others",
     "rotation": "which way is up (Gidaris et al., 2018)",
@@ -331,6 +427,7 @@ ABOUT = {  # one line each, for --help
     "vicreg": "agree, vary, decorrelate (Bardes et al., 2022)",
     "barlow_twins": "cross-correlation to the identity (Zbontar et al., 2021)",
     "dino": "a teacher's prototypes, centred and sharpened (Caron et al., 2021)",
+    "finetune": "a pretrained network on your classes; `python -m vlm_course.predict` uses it",
 }
 
 # %% ../nbs/train.ipynb #ae97fe28
@@ -351,7 +448,7 @@ def comments(
     return {name: words for parent in reversed(options.__mro__[:-1])
             for name, words in own_comments(parent).items()}
 
-# %% ../nbs/train.ipynb #c40fa5af
+# %% ../nbs/train.ipynb #eaa07e44
 def make_parser():  # a jsonargparse.ArgumentParser
     "One subcommand a method, one flag a field of `RunOptions` and of the method."
     from jsonargparse import ArgumentParser
@@ -360,7 +457,7 @@ def make_parser():  # a jsonargparse.ArgumentParser
                             description="Train a method; METHOD --help has its flags.")
     commands = parser.add_subcommands(dest="method", metavar="METHOD")
     for name, method in METHODS.items():
-        words = comments(RunOptions) | comments(Method) | comments(type(method))
+        words = comments(RunOptions) | comments(type(method)) | comments(Method)
         about = ABOUT.get(name, type(method).__doc__.splitlines()[0])
         command = ArgumentParser(description=about)
         command.add_argument("--config", action="config", help="YAML file of options")
@@ -369,6 +466,8 @@ def make_parser():  # a jsonargparse.ArgumentParser
         command.add_class_arguments(type(method), as_group=False, skip=fixed)
         command.set_defaults({key: value for key, value in asdict(method).items()
                               if key not in fixed})
+        if hasattr(method, "backbone"):
+            command.set_defaults(backbone=method.backbone)
         for action in command._actions:
             action.help = words.get(action.dest, action.help)
         commands.add_subcommand(name, command, help=about)

@@ -6,10 +6,10 @@
 __all__ = ['PART', 'GREY', 'check_batch', 'eager_on_cpu', 'take_rows', 'Targets', 'Transform', 'Compose', 'MultiView',
            'window_matrix', 'resample', 'Crop', 'RandomResizedCrop', 'RandomHorizontalFlip', 'RandomVerticalFlip',
            'RandomRotation', 'grey', 'blend', 'shift_hue', 'ColorJitter', 'RandomGrayscale', 'RandomSolarize',
-           'GaussianBlur', 'inside', 'overwrite', 'Cutout', 'RandomErasing', 'Mixup', 'CutMix', 'mixed_cross_entropy',
+           'GaussianBlur', 'keep', 'overwrite', 'Cutout', 'RandomErasing', 'Mixup', 'CutMix', 'mixed_cross_entropy',
            'mixed_loss']
 
-# %% ../../nbs/foundations/04_augmentation.ipynb #f20004cb
+# %% ../../nbs/foundations/04_augmentation.ipynb #3fec5460
 import math
 from collections.abc import Callable, Sequence
 
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..appendix.files import height_and_width
 from .images import check_images, resize
 
 # %% ../../nbs/foundations/04_augmentation.ipynb #595f5507
@@ -57,7 +58,7 @@ def _full(images: Tensor) -> Tensor:
     "Half precision as float32; float32 and float64 as they are."
     return images if images.dtype in (torch.float32, torch.float64) else images.float()
 
-# %% ../../nbs/foundations/04_augmentation.ipynb #5a54ebca
+# %% ../../nbs/foundations/04_augmentation.ipynb #6edede92
 def _on_device(params, device: torch.device):
     "The tensors of nested dicts and lists on `device`; the host does not wait for the copies."
     if isinstance(params, dict):
@@ -80,7 +81,7 @@ def take_rows(
         return [take_rows(value, rows) for value in params]
     return params[rows] if isinstance(params, Tensor) else params
 
-
+# %% ../../nbs/foundations/04_augmentation.ipynb #4326c4a3
 def _wide(values: Tensor) -> Tensor:
     "float64, or float32 on a device that has no better."
     return values.float() if values.device.type == "mps" else values.double()
@@ -95,7 +96,27 @@ def _sources(matrix: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     column, row = (source + 1e-6).floor().long().unbind(1)
     return column, row
 
-# %% ../../nbs/foundations/04_augmentation.ipynb #3216ccac
+
+def _read(masks: Tensor, column: Tensor, row: Tensor, size: tuple[int, int]) -> Tensor:
+    "Pixels of masks (B, ..., *size) at the places (B, h, w); 0 where a place is outside."
+    H, W = size
+    if masks.ndim < 3 or masks.shape[-2:] != (H, W):
+        raise ValueError(f"masks must be (B, ..., {H}, {W}); got {tuple(masks.shape)}")
+    inside = (column >= 0) & (column < W) & (row >= 0) & (row < H)
+    index = (row.clamp(0, H - 1) * W + column.clamp(0, W - 1)).flatten(1)[:, None]
+    flat = masks.reshape(len(masks), math.prod(masks.shape[1:-2]), H * W)
+    moved = flat.gather(2, index.expand(-1, flat.shape[1], -1))
+    moved = moved.masked_fill(~inside.flatten(1)[:, None], 0)
+    return moved.view(*masks.shape[:-2], *column.shape[1:])
+
+
+def _check_float(values: Tensor, name: str, last: int) -> None:
+    "A `ValueError` if these are not (B, N, last) of floats: integers would round where they move."
+    if values.ndim != 3 or values.shape[2] != last or not values.is_floating_point():
+        raise ValueError(f"{name} must be (B, N, {last}) float; got {tuple(values.shape)} "
+                         f"{values.dtype}")
+
+# %% ../../nbs/foundations/04_augmentation.ipynb #d5dd933d
 class Targets(nn.Module):
     "How a transform's parameters move what belongs to the images: masks, boxes, keypoints."
 
@@ -108,16 +129,18 @@ class Targets(nn.Module):
         return None
 
     def apply_keypoints(self, points: Tensor, params: dict) -> Tensor:
-        "Points (B, N, 2), x and y in pixels, moved with the images; they may leave the picture."
+        "Points (B, N, 2) float, x and y in pixels, moved; they may leave the picture."
         if (matrix := self.matrix(params)) is None:
             return points
+        _check_float(points, "points", 2)
         moved = points.to(matrix.dtype) @ matrix[:, :2, :2].mT + matrix[:, None, :2, 2]
         return moved.to(points.dtype)
 
     def apply_boxes(self, boxes: Tensor, params: dict) -> Tensor:
-        "Boxes (B, N, 4) as x1, y1, x2, y2: upright around the moved corners, cut at the border."
+        "Boxes (B, N, 4) float x1, y1, x2, y2, around the moved corners; of no area once outside."
         if self.matrix(params) is None:
             return boxes
+        _check_float(boxes, "boxes", 4)
         corners = boxes[..., [0, 1, 2, 1, 0, 3, 2, 3]].unflatten(-1, (4, 2))  # (B, N, 4, 2)
         x, y = self.apply_keypoints(corners.flatten(1, 2), params).view_as(corners).unbind(-1)
         height, width = self.output_size(params["size"])
@@ -126,15 +149,9 @@ class Targets(nn.Module):
 
     def apply_masks(self, masks: Tensor, params: dict) -> Tensor:
         "Masks (B, ..., H, W) of any dtype, moved by nearest neighbour; 0 where nothing was."
-        if self.matrix(params) is None:
+        if (matrix := self.matrix(params)) is None:
             return masks
-        (H, W), size = params["size"], self.output_size(params["size"])
-        column, row = _sources(self.matrix(params), size)  # (B, h, w) each
-        inside = (column >= 0) & (column < W) & (row >= 0) & (row < H)
-        index = (row.clamp(0, H - 1) * W + column.clamp(0, W - 1)).flatten(1)[:, None]
-        flat = masks.reshape(len(masks), -1, H * W)
-        moved = flat.gather(2, index.expand(-1, flat.shape[1], -1)) * inside.flatten(1)[:, None]
-        return moved.view(*masks.shape[:-2], *size)
+        return _read(masks, *_sources(matrix, self.output_size(params["size"])), params["size"])
 
 # %% ../../nbs/foundations/04_augmentation.ipynb #b8f14d57
 class Transform(Targets):
@@ -177,7 +194,7 @@ class Transform(Targets):
         return ", ".join(f"{name}={value}" for name, value in vars(self).items()
                          if name[0] != "_" and name != "training")
 
-# %% ../../nbs/foundations/04_augmentation.ipynb #04493ac6
+# %% ../../nbs/foundations/04_augmentation.ipynb #bc5df9f3
 PART = 2**19  # numbers worked on at a time on a CPU: about what its cache holds
 
 
@@ -188,7 +205,7 @@ def _apply(transform: Transform, images: Tensor, params: dict | list):
         changed = transform.change(images, params)
         return changed if chosen is None else torch.where(_each(chosen), changed, images)
     count = PART // images[0].numel()
-    if chosen is not None and count < 8:  # large pictures: one by one
+    if chosen is not None and count < 8 and not transform.whole_batch:  # large: one by one
         return torch.cat([transform.change(images[i:i + 1], take_rows(params, slice(i, i + 1)))
                           if yes else images[i:i + 1] for i, yes in enumerate(chosen.tolist())])
     count = len(images) if transform.whole_batch or transform.light else max(1, count)
@@ -294,15 +311,15 @@ def resample(
         wide = torch.bmm(pixels.reshape(B, C * H, W), columns.mT).view(B, C, H, -1)
         return (rows[:, None] @ wide).to(images.dtype)
 
-# %% ../../nbs/foundations/04_augmentation.ipynb #a13dabde
+# %% ../../nbs/foundations/04_augmentation.ipynb #52bbf806
 def _bounds(value, name: str, *, low: float = -math.inf, high: float = math.inf):
     "`value` as (smallest, largest) of floats; a `ValueError` if they are not in low..high."
     try:
         smallest, largest = (float(v) for v in value)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be (smallest, largest); got {value!r}") from None
-    if not low <= smallest <= largest <= high:
-        raise ValueError(f"{name} must be (smallest, largest) in {low}..{high}; got {value}")
+    if not (low <= smallest <= largest <= high and math.isfinite(largest - smallest)):
+        raise ValueError(f"{name} must be finite (smallest, largest) in {low}..{high}; got {value}")
     return smallest, largest
 
 
@@ -363,7 +380,7 @@ class Crop(Transform):
         matrix[:, 0, 2], matrix[:, 1, 2] = -x * params["left"], -y * params["top"]
         return matrix
 
-# %% ../../nbs/foundations/04_augmentation.ipynb #feada4de
+# %% ../../nbs/foundations/04_augmentation.ipynb #5a73e4c9
 class RandomResizedCrop(Crop):
     """A random part of each image resized to `size` (Szegedy et al., 2015).
 
@@ -379,9 +396,7 @@ class RandomResizedCrop(Crop):
         antialias: bool = True,  # low-pass filter where it shrinks
     ):
         super().__init__()
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
-        if len(self.size) != 2 or min(self.size) < 1:
-            raise ValueError(f"size must be one or two positive numbers of pixels; got {size}")
+        self.size = height_and_width(size)
         self.scale = _bounds(scale, "scale", low=1e-9, high=1.0)
         self.ratio, self.antialias = _bounds(ratio, "ratio", low=1e-9), antialias
 
@@ -428,7 +443,7 @@ class RandomVerticalFlip(RandomHorizontalFlip):
 
     axis = -2
 
-# %% ../../nbs/foundations/04_augmentation.ipynb #66896a69
+# %% ../../nbs/foundations/04_augmentation.ipynb #e31dac07
 class RandomRotation(Transform):
     "Each image turned about its centre by an angle of its own, anticlockwise; linear in between."
 
@@ -447,12 +462,14 @@ class RandomRotation(Transform):
 
     def change(self, images, params):
         "All turned."
-        B, _, H, W = images.shape
+        H, W = images.shape[2:]
         pixels = _full(images)
         angle = torch.deg2rad(params["angle"].to(pixels.dtype))
-        cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-        theta = torch.stack([cos, -sin * (H / W), zero, sin * (W / H), cos, zero], dim=1)
-        grid = F.affine_grid(theta.view(B, 2, 3), list(images.shape), align_corners=False)
+        cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
+        y, x = ((2 * torch.arange(side, device=angle.device) + 1).to(angle) / side - 1
+                for side in (H, W))  # middles of the pixels, from -1 to 1
+        y = y[:, None]
+        grid = torch.stack([cos * x - sin * (H / W) * y, sin * (W / H) * x + cos * y], dim=-1)
         pixels = pixels - self.fill if self.fill else pixels  # the border counts as zero
         turned = F.grid_sample(pixels, grid, align_corners=False)
         return (turned + self.fill if self.fill else turned).to(images.dtype)
@@ -491,12 +508,14 @@ def blend(
     other = greys.mean((2, 3), keepdim=True) * mean + greys * luma
     return torch.addcmul(other, images, own).clamp_(0, 1)
 
-# %% ../../nbs/foundations/04_augmentation.ipynb #cda7277b
+# %% ../../nbs/foundations/04_augmentation.ipynb #1dd98e67
 def shift_hue(
     images: Tensor,  # (B, 3, H, W) float32 in [0, 1]
     turns: Tensor,  # (B,) float: how far round the colour circle, 1 is the whole circle
 ) -> Tensor:  # (B, 3, H, W) float32 in [0, 1]
-    "Each image with its hues shifted and its largest and smallest channel kept, as in HSV."
+    "Images with hues shifted, largest and smallest channel kept, as in HSV; else a `ValueError`."
+    if images.shape[1] != 3:
+        raise ValueError(f"images must have 3 channels; got {images.shape[1]}")
     red, green, blue = images.unbind(1)
     high, low = images.amax(1), images.amin(1)
     chroma = high - low
@@ -540,7 +559,7 @@ def _plan(params: dict, active: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     after = _blend_weights(params, order.gather(1, late.clamp_max(K - 1)), late < K)
     return (place, before[:K - 1], after[:K - 1]) if hue else (place, before, after[:0])
 
-# %% ../../nbs/foundations/04_augmentation.ipynb #ccc724aa
+# %% ../../nbs/foundations/04_augmentation.ipynb #f1692a11
 def _in_order(images: Tensor, params: dict, active: list[int]) -> Tensor:
     "The changes of colour: for each image the blends before its hue, the hue, the blends after."
     pixels, (place, before, after) = _full(images), _plan(params, active)
@@ -555,7 +574,7 @@ def _in_order(images: Tensor, params: dict, active: list[int]) -> Tensor:
         ends = starts[-2::-1]
     for weights, start in zip(before, starts, strict=False):
         pixels = _blend_stretch(pixels, weights, start, len(images))
-    pixels = shift_hue(pixels, turns) if hue and images.shape[1] == 3 else pixels
+    pixels = shift_hue(pixels, turns) if hue and images.shape[1] != 1 else pixels
     for weights, end in zip(after, ends, strict=False):
         pixels = _blend_stretch(pixels, weights, 0, end)
     pixels = pixels if rows is None else torch.empty_like(pixels).index_copy(0, rows, pixels)
@@ -641,7 +660,7 @@ class RandomSolarize(RandomGrayscale):
         bright = (images >= self.threshold).to(images.dtype)
         return torch.addcmul(images, bright, 1 - 2 * images)
 
-# %% ../../nbs/foundations/04_augmentation.ipynb #4076d8c4
+# %% ../../nbs/foundations/04_augmentation.ipynb #90c4d392
 class GaussianBlur(Transform):
     """Each image blurred by a Gaussian of its own width with probability `p`; borders reflect.
 
@@ -670,35 +689,35 @@ class GaussianBlur(Transform):
         offset = torch.arange(-radius, radius + 1, device=images.device)
         weights = (-0.5 * (offset / params["sigma"][:, None]) ** 2).softmax(1)  # (B, K)
         pixels = F.pad(_full(images), [radius] * 4, mode="reflect")
-        pixels = _slide(pixels, weights.to(pixels.dtype), dim=3)
-        return _slide(pixels, weights.to(pixels.dtype), dim=2).to(images.dtype)
+        for dim in (3, 2):
+            pixels = _convolve(pixels, weights.to(pixels.dtype), dim)
+        return pixels.to(images.dtype)
 
 
-def _slide(images: Tensor, weights: Tensor, dim: int) -> Tensor:
-    "The sum of shifted copies, each image with its own weights (B, K); K - 1 pixels shorter."
-    length = images.shape[dim] - weights.shape[1] + 1
-    total = images.narrow(dim, 0, length) * _each(weights[:, 0])
-    for k in range(1, weights.shape[1]):
-        total.addcmul_(images.narrow(dim, k, length), _each(weights[:, k]))
-    return total
+def _convolve(images: Tensor, weights: Tensor, dim: int) -> Tensor:
+    "Each image filtered along `dim` with its own weights (B, K); K - 1 pixels shorter."
+    B, C = images.shape[:2]
+    kernel = weights.repeat_interleave(C, 0).view(B * C, 1, *((1, -1) if dim == 3 else (-1, 1)))
+    flat = F.conv2d(images.reshape(1, B * C, *images.shape[2:]), kernel, groups=B * C)
+    return flat.view(B, C, *flat.shape[2:])
 
-# %% ../../nbs/foundations/04_augmentation.ipynb #5a3fe9de
-def inside(
+# %% ../../nbs/foundations/04_augmentation.ipynb #6bc52887
+def keep(
     images: Tensor,  # (B, C, H, W)
     params: dict,  # top, left, bottom, right: (B,) in pixels
-) -> Tensor:  # (B, 1, H, W) bool
-    "The pixels of each image that lie in its rectangle."
+) -> Tensor:  # (B, 1, H, W), of the images' dtype: 0 inside the rectangle, 1 outside
+    "What of each image is not in its rectangle."
     y, x = (torch.arange(side, device=images.device) for side in images.shape[2:])
     rows = (y >= params["top"][:, None]) & (y < params["bottom"][:, None])
     columns = (x >= params["left"][:, None]) & (x < params["right"][:, None])
-    return rows[:, None, :, None] & columns[:, None, None, :]
+    one = torch.ones((), dtype=images.dtype, device=images.device)
+    return torch.addcmul(one, rows[:, None, :, None].to(one), columns[:, None, None, :].to(one),
+                         value=-1)
 
 
-def overwrite(images: Tensor, where: Tensor, value: float) -> Tensor:
-    "`value` where `where`, (B, 1, H, W) bool; arithmetic, because `where` is slower on a CPU."
-    hole = where.to(images.dtype)
-    kept = images * (1 - hole)
-    return kept.add_(hole * value) if value else kept
+def overwrite(images: Tensor, kept: Tensor, value: float) -> Tensor:
+    "`value` where `kept` is 0; arithmetic, because `where` is slower on a CPU."
+    return torch.addcmul((1 - kept) * value, images, kept) if value else images * kept
 
 
 class Cutout(Transform):
@@ -706,6 +725,8 @@ class Cutout(Transform):
 
     def __init__(self, length: int, p: float = 1.0, value: float = 0.5):
         super().__init__(p)
+        if length < 1:
+            raise ValueError(f"length must be a positive number of pixels; got {length}")
         self.length, self.value = length, value
 
     def sample(self, shape, generator):
@@ -718,9 +739,9 @@ class Cutout(Transform):
 
     def change(self, images, params):
         "`value` inside each square."
-        return overwrite(images, inside(images, params), self.value)
+        return overwrite(images, keep(images, params), self.value)
 
-# %% ../../nbs/foundations/04_augmentation.ipynb #201a73bd
+# %% ../../nbs/foundations/04_augmentation.ipynb #18b26ba3
 class RandomErasing(Transform):
     "A random rectangle of each image overwritten with probability `p` (Zhong et al., 2020)."
 
@@ -745,7 +766,7 @@ class RandomErasing(Transform):
 
     def change(self, images, params):
         "`value` inside each rectangle."
-        return overwrite(images, inside(images, params), self.value)
+        return overwrite(images, keep(images, params), self.value)
 
 # %% ../../nbs/foundations/04_augmentation.ipynb #04590fc1
 class Mixup(Transform):
@@ -779,7 +800,7 @@ class Mixup(Transform):
 
     apply_masks = apply_boxes = apply_keypoints = _refuse
 
-# %% ../../nbs/foundations/04_augmentation.ipynb #0033b9b2
+# %% ../../nbs/foundations/04_augmentation.ipynb #84826cf8
 class CutMix(Mixup):
     "A rectangle of each image replaced by the same place of a partner (Yun et al., 2019)."
 
@@ -800,7 +821,7 @@ class CutMix(Mixup):
 
     def change(self, images, params):
         "The partner's pixels inside the rectangle, the image's own outside."
-        return torch.where(inside(images, params), images[params["partner"]], images)
+        return torch.where(keep(images, params) > 0, images, images[params["partner"]])
 
 # %% ../../nbs/foundations/04_augmentation.ipynb #4ad5f2f2
 def mixed_cross_entropy(

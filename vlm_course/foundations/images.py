@@ -478,7 +478,7 @@ def nearest(
     lengths = keys.square().sum(1)
     return torch.cat([(lengths - 2 * part @ keys.T).argmin(1) for part in queries.split(chunk)])
 
-# %% ../../nbs/foundations/01_images.ipynb #8dd68ba8
+# %% ../../nbs/foundations/01_images.ipynb #f7257de8
 def load(
     name: str | Path,  # a set that ships, a torchvision class name, or a folder of pictures
     *,
@@ -491,12 +491,16 @@ def load(
 ) -> ImageSet:
     """Any data set of the course as one `ImageSet` of uint8 pixels in memory.
 
+    Names go in any case, `"cifar10"` too, and before folders: such a folder is `"./cifar10"`.
     Raises `ValueError` for an unknown name (it lists the known ones), pictures of several sizes
     without `size`, or a file that is no picture; `FileNotFoundError` for a missing folder;
     `ConnectionError` for a set that needs a network where there is none.
     """
     if not isinstance(name, (str, os.PathLike)) or not str(name):
         raise ValueError(f"name must be the name of a data set, or a folder; got {name!r}")
+    if isinstance(name, str):
+        known = {one.lower(): one for one in (*files.OFFLINE, *files.TORCHVISION)}
+        name = known.get(name.lower(), name)
     part, colour = split or "train", mode or "RGB"
     if name == "emoji":
         data = load_emoji(size=size, split=part, mode=colour)

@@ -18,25 +18,28 @@ from torch import Tensor, nn
 from .contrastive import retrieval_accuracy, unit, whitening
 from .rotation import layer_features, linear_probe
 
-# %% ../../nbs/self_supervised/05_evaluation.ipynb #f0e41a5e
+# %% ../../nbs/self_supervised/05_evaluation.ipynb #89664267
 def check_features(
     features: Tensor,  # what a caller passed as features
     labels: Tensor | None = None,  # and as their labels, if there are any
     *,
     name: str = "features",  # the argument's name, for the message
 ) -> None:
-    "Raises `ValueError` unless they are (N, D) float, finite, N > 0, with (N,) whole labels."
+    "Raises `ValueError` unless they are (N, D) float, finite, N > 0, with (N,) int64 labels."
     if features.ndim != 2 or not features.is_floating_point() or not len(features):
         raise ValueError(f"{name} must be (N, D) float with N > 0; got {tuple(features.shape)} "
                          f"{features.dtype}")
-    if labels is not None and (labels.shape != features.shape[:1] or labels.is_floating_point()):
+    if labels is not None and (labels.shape != features.shape[:1] or labels.dtype != torch.int64):
         raise ValueError(f"labels of {name} must be ({len(features)},) int64; got "
                          f"{tuple(labels.shape)} {labels.dtype}")
+    if labels is not None and labels.min() < 0:
+        raise ValueError(f"labels of {name} must be in 0..C-1; got {int(labels.min())}: leave out "
+                         "rows without a label")
     bad = (~features.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"{name} must be finite; rows {bad[:5]} hold NaN or inf")
 
-# %% ../../nbs/self_supervised/05_evaluation.ipynb #177ed58e
+# %% ../../nbs/self_supervised/05_evaluation.ipynb #8b73022c
 @torch.no_grad()
 def knn_probabilities(
     queries: Tensor,  # (Q, D) float
@@ -61,7 +64,11 @@ def knn_probabilities(
     if not 1 <= k <= len(bank) or not temperature > 0 or chunk < 1:
         raise ValueError(f"k must be in 1..{len(bank)}, temperature above 0, chunk at least 1; got "
                          f"{k}, {temperature}, {chunk}")
-    C, keys, shares = num_classes or int(labels.max()) + 1, unit(bank), []
+    C = int(labels.max()) + 1 if num_classes is None else num_classes
+    if C <= labels.max():
+        raise ValueError(f"num_classes must be above the largest label, {int(labels.max())}; got "
+                         f"{C}")
+    keys, shares = unit(bank), []
     for rows in queries.split(chunk):
         cosine, nearest = (unit(rows) @ keys.T).topk(k, dim=1)  # (chunk, k)
         votes = (cosine / temperature).softmax(1)
@@ -83,7 +90,7 @@ def knn_accuracy(
     votes = knn_probabilities(queries, bank, bank_labels, k=k, temperature=temperature)
     return (votes.argmax(1) == query_labels).double().mean().item()
 
-# %% ../../nbs/self_supervised/05_evaluation.ipynb #027e968f
+# %% ../../nbs/self_supervised/05_evaluation.ipynb #3e4e7166
 class TokenMaps(nn.Module):
     "A backbone whose tokens are laid out as maps (B, D, rows, columns), without the class token."
 
@@ -109,8 +116,13 @@ def frozen_features(
     pool: int = 2,  # cells of the grid a side
     precision: str = "auto",  # as in `fit`
 ) -> Tensor:  # (N, D) float32 on the CPU, row i is image i
-    "The last layers of a backbone, each on a pool x pool grid; the backbone stays as it was."
+    """The last layers of a backbone, each on a pool x pool grid; the backbone stays as it was.
+
+    Raises `ValueError` if the backbone has fewer layers, and as `layer_features`.
+    """
     outputs = layer_features(TokenMaps(backbone), batches, pool=pool, precision=precision)
+    if not 1 <= layers <= len(outputs):
+        raise ValueError(f"layers must be in 1..{len(outputs)}, the backbone's; got {layers}")
     return torch.cat(list(outputs.values())[-layers:], dim=1)
 
 # %% ../../nbs/self_supervised/05_evaluation.ipynb #50b3ba2c
@@ -127,7 +139,7 @@ def effective_rank(
         return 0.0
     return torch.special.entr(values / values.sum()).sum().exp().item()
 
-# %% ../../nbs/self_supervised/05_evaluation.ipynb #62eec50b
+# %% ../../nbs/self_supervised/05_evaluation.ipynb #f8793d2c
 def evaluate_features(
     features: Tensor,  # (N, D) float, of training pictures
     labels: Tensor,  # (N,) int64
@@ -141,10 +153,13 @@ def evaluate_features(
     """All scores of a feature matrix; whatever is fitted is fitted on the training part alone.
 
     Neighbours are those of `whitening`. In a pair, rows `a[i]` and `b[i]` of the test part show the
-    same: a[i] asks, and all of b are candidates.
+    same: a[i] asks, and all of b are candidates. Raises `ValueError` for what does not fit.
     """
     check_features(features, labels)
     check_features(test_features, test_labels, name="test_features")
+    if test_features.shape[1] != features.shape[1]:
+        raise ValueError(f"test_features must have {features.shape[1]} columns, as features; got "
+                         f"{test_features.shape[1]}")
     white = whitening(features.cpu())
     bank, queries = white(features.cpu().float()), white(test_features.cpu().float())
     scores = {"probe": linear_probe(features, labels, test_features, test_labels),
@@ -155,7 +170,7 @@ def evaluate_features(
         scores[name] = retrieval_accuracy(queries[asked], queries[candidates])
     return scores
 
-# %% ../../nbs/self_supervised/05_evaluation.ipynb #b498bad5
+# %% ../../nbs/self_supervised/05_evaluation.ipynb #e2c4be3e
 def draw_labels(
     labels: Tensor,  # (N,) int64
     per_class: int,  # how many of each class
@@ -163,6 +178,9 @@ def draw_labels(
     generator: torch.Generator,
 ) -> Tensor:  # (classes * per_class,) int64, class by class
     "Random rows, the same number of each class. Raises `ValueError` if a class has too few."
+    if labels.ndim != 1 or not len(labels) or labels.is_floating_point():
+        raise ValueError(f"labels must be (N,) int64 with N > 0; got {tuple(labels.shape)} "
+                         f"{labels.dtype}")
     rows = []
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
@@ -173,7 +191,7 @@ def draw_labels(
         rows.append(members[order[:per_class].to(members.device)])
     return torch.cat(rows)
 
-# %% ../../nbs/self_supervised/05_evaluation.ipynb #20462634
+# %% ../../nbs/self_supervised/05_evaluation.ipynb #b1e9e4e5
 def few_label_curve(
     features: Tensor,  # (N, D) float, of the pictures that may be labelled
     labels: Tensor,  # (N,) int64
@@ -186,6 +204,8 @@ def few_label_curve(
     ridge: float = 1e-2,  # as in `linear_probe`
 ) -> dict[int, Tensor]:  # labels a class -> (draws,) accuracies in [0, 1]
     "Accuracy of a linear probe that sees few labels, for several draws of those."
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1; got {draws}")
     curve = {}
     for count in counts:
         values = []
@@ -197,7 +217,7 @@ def few_label_curve(
         curve[count] = torch.tensor(values, dtype=torch.float64)
     return curve
 
-# %% ../../nbs/self_supervised/05_evaluation.ipynb #e5d8f7aa
+# %% ../../nbs/self_supervised/05_evaluation.ipynb #8c41d43e
 def wilson_interval(
     correct: int,  # how many were right
     total: int,  # of how many independent ones
@@ -214,7 +234,7 @@ def wilson_interval(
     half = z / shrink * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
     return max(0.0, centre - half), min(1.0, centre + half)
 
-
+# %% ../../nbs/self_supervised/05_evaluation.ipynb #4dfdf533
 def bootstrap_interval(
     values: Tensor,  # (N,) one number a test item: right or wrong, or a difference of those
     *,
@@ -229,12 +249,18 @@ def bootstrap_interval(
     if values.ndim != 1 or not len(values) or len(names) != len(values):
         raise ValueError("values must be (N,) with N > 0, and groups as long; got "
                          f"{tuple(values.shape)} and {len(names)}")
+    if not values.isfinite().all() or not 0 < confidence < 1 or repeats < 1:
+        raise ValueError("values must be finite, confidence in (0, 1), repeats at least 1; got "
+                         f"{int((~values.isfinite()).sum())} values with NaN or inf, {confidence}, "
+                         f"{repeats}")
     place = {name: i for i, name in enumerate(dict.fromkeys(names))}
     index = torch.tensor([place[name] for name in names])
     sums = torch.zeros(len(place), dtype=torch.float64).index_add_(0, index, values)
     sizes, generator = torch.bincount(index).double(), torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(place), (repeats, len(place)), generator=generator)
-    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
+    means = torch.empty(repeats, dtype=torch.float64)
+    for i in range(repeats):  # one draw at a time: memory for one
+        drawn = torch.randint(len(place), (len(place),), generator=generator)
+        means[i] = sums[drawn].sum() / sizes[drawn].sum()
     edges = torch.tensor([1 - confidence, 1 + confidence], dtype=torch.float64) / 2
     return tuple(means.quantile(edges).tolist())
 

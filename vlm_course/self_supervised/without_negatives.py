@@ -31,7 +31,7 @@ from vlm_course.self_supervised.contrastive import (
     unit,
 )
 
-# %% ../../nbs/self_supervised/04_without_negatives.ipynb #f3b1e0da
+# %% ../../nbs/self_supervised/04_without_negatives.ipynb #fdf06ed0
 def _float(tensor: Tensor) -> Tensor:
     "The tensor in float32 if it was in half precision, else as it is."
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -50,10 +50,12 @@ def participation_ratio(
     "How many directions carry the variance of the embeddings, without an eigenvalue."
     z = _float(embeddings)
     with torch.autocast(z.device.type, enabled=False):
+        z = z / z.abs().amax().clamp_min(1e-30)  # no fourth power over- or underflows
         z = z - z.mean(0)
         gram = z @ z.T if len(z) < z.shape[1] else z.T @ z  # both have the same eigenvalues
-        total = gram.diagonal().sum()
-        return total.square() / gram.square().sum().clamp_min(1e-24)
+        total, rounding = gram.diagonal().sum(), (4 * torch.finfo(z.dtype).eps) ** 2 * z.numel()
+        ratio = total.square() / gram.square().sum().clamp_min(rounding**2)
+        return torch.where(total <= rounding, 0.0, ratio)  # equal rows leave only rounding
 
 # %% ../../nbs/self_supervised/04_without_negatives.ipynb #3d351dd9
 def _check_pair(first: Tensor, second: Tensor, names: str, *, least: int = 1) -> None:
@@ -127,7 +129,7 @@ def barlow_twins_loss(
     off_diagonal = C.square().sum() - diagonal.square().sum()
     return (1 - diagonal).square().sum() + redundancy * off_diagonal
 
-# %% ../../nbs/self_supervised/04_without_negatives.ipynb #47d308dc
+# %% ../../nbs/self_supervised/04_without_negatives.ipynb #6337d5cf
 def dino_loss(
     student: Sequence[Tensor],  # logits (B, K) of all views, in order
     teacher: Sequence[Tensor],  # logits (B, K) of the first views, detached
@@ -139,8 +141,12 @@ def dino_loss(
     """Mean cross-entropy H(teacher, student) over all pairs of different views, softmax in float32
     (Caron et al., 2021, equation 3).
 
-    Raises `ValueError` if there is no such pair, or the logits do not have one shape.
+    Raises `ValueError` if there is no such pair, the logits do not have one shape, or a temperature
+    (of those that are plain numbers) is not above 0.
     """
+    for name, value in (("student", student_temperature), ("teacher", teacher_temperature)):
+        if not isinstance(value, Tensor) and not value > 0:
+            raise ValueError(f"{name}_temperature must be above 0; got {value}")
     shapes = {tuple(logits.shape) for logits in (*student, *teacher)}
     pairs = [(t, s) for t in range(len(teacher)) for s in range(len(student)) if s != t]
     if not pairs or len(shapes) != 1:
@@ -155,6 +161,7 @@ def entropy(
     probabilities: Tensor,  # (..., K), each row sums to one
 ) -> Tensor:  # (...) in [0, 1]
     "The entropy of each distribution as a share of log K: 1 for the uniform one, 0 for certainty."
+    probabilities = _float(probabilities)
     K = probabilities.shape[-1]
     return -torch.special.xlogy(probabilities, probabilities).sum(-1) / math.log(K)
 
@@ -182,7 +189,7 @@ class JointEmbeddingRecipe(SimCLRConfig):
         "What `fit` needs besides: the teacher's step."
         return [MomentumTeacher()]
 
-# %% ../../nbs/self_supervised/04_without_negatives.ipynb #cd9da0cf
+# %% ../../nbs/self_supervised/04_without_negatives.ipynb #0abdac7c
 @dataclass(frozen=True, kw_only=True)
 class JointEmbeddingConfig(JointEmbeddingRecipe):
     "The parts of a `JointEmbedding` and its recipe; `METHODS` holds those that have a name."
@@ -211,18 +218,30 @@ class JointEmbeddingConfig(JointEmbeddingRecipe):
             raise ValueError(f"method must be one of {list(OBJECTIVES)}; got {self.method!r}")
         if self.teacher and not self.stop_gradient:
             raise ValueError("stop_gradient must be True with a teacher, which gets no gradient; "
-                             "to train without it, set teacher=False as well")
-        if not 0 <= self.momentum <= 1:
-            raise ValueError(f"momentum must be in [0, 1]; got {self.momentum}")
-        if self.predictor and self.method != "byol":
-            raise ValueError(f"predictor must be False for method {self.method!r}")
+                             "or set teacher=False as well")
+        for name in ("momentum", "center_momentum", "temperature_warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1]; got {getattr(self, name)}")
+        unused = {"byol": (), "dino": ("predictor", "final_norm")}
+        for name in unused.get(self.method, ("predictor", "teacher", "stop_gradient")):
+            if getattr(self, name):
+                raise ValueError(f"{name} must be False for method {self.method!r}")
+        if min(self.temperature, *self.teacher_temperature) <= 0:
+            raise ValueError("temperature and teacher_temperature must be above 0; got "
+                             f"{self.temperature} and {self.teacher_temperature}")
 
-# %% ../../nbs/self_supervised/04_without_negatives.ipynb #490f396f
+# %% ../../nbs/self_supervised/04_without_negatives.ipynb #16d309cd
 def by_resolution(
     views: Sequence[Tensor],  # images (B, C, H, W), of any sizes
     function: Callable[[Tensor], Tensor],  # images of one size -> one row an image
 ) -> list[Tensor]:  # in the order of the views
-    "The function's output for each view, with one call a size instead of one a view."
+    """The function's output for each view, with one call a size instead of one a view.
+
+    Raises `ValueError` if the views are not of equally many images.
+    """
+    if len({len(view) for view in views}) > 1:
+        raise ValueError("views must show the same images; got batches of "
+                         f"{[len(view) for view in views]}")
     outputs: list[Tensor] = [None] * len(views)
     for size in dict.fromkeys(view.shape[2:] for view in views):
         places = [i for i, view in enumerate(views) if view.shape[2:] == size]
@@ -231,7 +250,7 @@ def by_resolution(
             outputs[i] = part
     return outputs
 
-
+# %% ../../nbs/self_supervised/04_without_negatives.ipynb #935e15d7
 class Prototypes(nn.Module):
     "Cosines with `count` learned directions: a linear layer whose weight rows have length one."
 
@@ -323,7 +342,7 @@ def _statistical(model: JointEmbedding, views: Sequence[Tensor], z: list[Tensor]
     losses = [loss(z[i], z[j], **weights) for j in range(len(z)) for i in range(j)]
     return torch.stack(losses).mean(), {}
 
-# %% ../../nbs/self_supervised/04_without_negatives.ipynb #c28ccada
+# %% ../../nbs/self_supervised/04_without_negatives.ipynb #7e564653
 def _distilling(model: JointEmbedding, views: Sequence[Tensor], z: list[Tensor]):
     targets, c = model.targets(views, z), model.config
     center = model.center.clone() if c.centring else 0.0
@@ -349,7 +368,8 @@ def joint_embedding_loss(
     """The loss of the model's method, of all processes' images where it needs statistics.
 
     Use it as `fit(model, batches, joint_embedding_loss, callbacks=[MomentumTeacher()])` with
-    `transform=MultiView(...)`. Raises `ValueError` for fewer than two views.
+    `transform=MultiView(...)`. Raises `ValueError` for fewer than two views, and for
+    views that are not float, not finite (on the CPU) or not of equally many images.
     """
     check_views(views, max(2, 0 if isinstance(views, Tensor) else len(views)))
     views = [_float(view) for view in views]
@@ -369,11 +389,11 @@ METHODS = {
                                  teacher_temperature=(0.04, 0.07), local_views=4),
 }
 
-# %% ../../nbs/self_supervised/04_without_negatives.ipynb #35543e1f
+# %% ../../nbs/self_supervised/04_without_negatives.ipynb #6eedd0c2
 class MomentumTeacher(Callback):
     """Moves a `JointEmbedding`'s teacher after each step, and warms up its temperature.
 
-    Momentum rises from `config.momentum` to 1 by half a cosine (Grill et al., 2020, appendix).
+    Momentum rises from `config.momentum` to 1 by half a cosine (Grill et al., 2020, section 3).
     A model without a teacher is left as it is.
     """
 
