@@ -1,6 +1,7 @@
 """Time each transform against torchvision and kornia on the same work.
 
     python benchmarks/augmentation.py [--sizes 32 64 224] [--batch 256] [--rounds 9] [--threads 2]
+                                      [--compile]
 
 torchvision's transforms work picture by picture, kornia's and ours on the batch. Draws are part of
 the work. Before anything is timed, our result is compared with torchvision's functions picture by
@@ -161,15 +162,18 @@ def measure(calls: dict, rounds: int) -> dict[str, float]:
     return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
 
 
-def compare(name: str, size: int, images: torch.Tensor, trio: tuple, rounds: int) -> str:
-    """One line of the table."""
+def compare(
+    name: str, size: int, images: torch.Tensor, trio: tuple, rounds: int, *, compiled: bool = False
+) -> str:
+    """One line of the table; `compiled`: ours through `torch.compile`, the others as they come."""
     ours, torchvision, kornia = trio
     difference = check(ours, images) if not isinstance(ours, A.Compose) else None
     allowed = 1e-5 if name != "rotation" else 2.5e-7 * max(size, 40)  # positions round in float32
     if difference is not None and difference > allowed:
         raise AssertionError(f"{name} at {size} px differs from torchvision by {difference:.1e}")
     generator = torch.Generator().manual_seed(0)
-    calls = {"ours": lambda: ours.apply_images(images, ours.draw(images, generator))}
+    apply = torch.compile(ours.apply_images) if compiled else ours.apply_images
+    calls = {"ours": lambda: apply(images, ours.draw(images, generator))}
     if torchvision is not None:
         calls["torchvision"] = lambda: torch.stack([torchvision(image) for image in images])
     if kornia is not None:
@@ -190,6 +194,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", help="names of transforms; default: all")
+    parser.add_argument("--compile", action="store_true", help="ours through torch.compile")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -202,7 +207,8 @@ def main() -> None:
         images = torch.rand(count, 3, size, size)
         for name, trio in {**rows(size), "SimCLR's chain": simclr(size)}.items():
             if options.only is None or name in options.only:
-                print(compare(name, size, images, trio, options.rounds), flush=True)
+                row = compare(name, size, images, trio, options.rounds, compiled=options.compile)
+                print(row, flush=True)
 
 
 if __name__ == "__main__":

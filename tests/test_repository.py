@@ -145,7 +145,7 @@ BROKEN = {
         [new_markdown_cell("$$x$$ {#eq-x}\n\n$$y$$ {#eq-x}")],
     ),
     "undeclared import": (notebooks.check_imports, [code("import surely_not_installed.part")]),
-    "exported import of a tool": (notebooks.check_imports, [code("#| export\nimport timm")]),
+    "exported import of a tool": (notebooks.check_imports, [code("#| export\nimport lightly")]),
 }
 
 
