@@ -28,7 +28,7 @@ JITTER = (0.4, 0.4, 0.4, 0.1)
 
 
 def reference(transform: A.Transform, image: torch.Tensor, p: dict) -> torch.Tensor | None:
-    """torchvision's function for one picture with the parameters drawn for it; None: no such one."""
+    """torchvision's function for one picture with the parameters drawn for it; None: no peer."""
     if not bool(p.get("chosen", True)):
         return image
     if isinstance(transform, A.RandomResizedCrop):

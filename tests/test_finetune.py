@@ -141,7 +141,8 @@ def test_block_rates_are_those_of_timm():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"lr": 0.0}, "lr"), ({"lr": 1.0, "decay": 0.0}, "decay"), ({"lr": 1.0, "decay": 1.5}, "decay")])
+    ({"lr": 0.0}, "lr"), ({"lr": 1.0, "decay": 0.0}, "decay"),
+    ({"lr": 1.0, "decay": 1.5}, "decay")])
 def test_rates_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         layerwise_groups(small_model(), **options)
@@ -421,7 +422,8 @@ def test_pictures_of_every_mode_are_learned_from(tmp_path):
     model = small_model(classes=2)
     check_task(model, data)
     fit(model, data.batches(10), classification_loss, steps=15, precision="fp32",
-        optimizer=torch.optim.AdamW(layerwise_groups(model, lr=1e-2)), callbacks=[FrozenBatchNorm()])
+        optimizer=torch.optim.AdamW(layerwise_groups(model, lr=1e-2)),
+        callbacks=[FrozenBatchNorm()])
     outputs, truth = predict(model, data.batches(10, shuffle=False), precision="fp32")
     assert (outputs.argmax(1) == truth).all()
 

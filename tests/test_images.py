@@ -49,7 +49,8 @@ def test_names_go_in_any_case_and_before_folders(monkeypatch, tmp_path):
     (tmp_path / "cifar10").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "cifar10" / "one.png")
     monkeypatch.chdir(tmp_path)
-    assert load("cifar10") == "CIFAR10" and len(load("./cifar10")) == 1 == len(load(Path("cifar10")))
+    assert load("cifar10") == "CIFAR10"
+    assert len(load("./cifar10")) == 1 == len(load(Path("cifar10")))
 
 
 def test_a_name_that_is_none_is_refused():

@@ -1,4 +1,4 @@
-"""Shift and tasks: adapted statistics, domain classifiers, several heads, and what balances them."""
+"""Shift and tasks: adapted statistics, domain classifiers, several heads and their balance."""
 
 import copy
 
@@ -283,8 +283,9 @@ def test_gradnorm_equals_differentiating_the_norms(data, tasks, alpha):
     total.backward(retain_graph=True)
     theta = torch.tensor([1.6, 0.4]).log().requires_grad_()
     w = 2 * theta.softmax(0)
-    pulls = torch.stack([torch.autograd.grad(weight * loss, model.shared, create_graph=True)[0].norm()
-                         for weight, loss in zip(w, losses, strict=True)])
+    pulls = torch.stack([
+        torch.autograd.grad(weight * loss, model.shared, create_graph=True)[0].norm()
+        for weight, loss in zip(w, losses, strict=True)])
     rate = (losses / model.balance.initial).detach()
     wanted = (pulls.mean() * (rate / rate.mean()) ** alpha).detach()
     theirs, = torch.autograd.grad((pulls - wanted).abs().sum(), theta)

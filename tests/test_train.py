@@ -159,8 +159,8 @@ def test_a_run_that_ends_early_keeps_its_folder_only_with_a_checkpoint(tmp_path)
     for every, kept in ((100, False), (2, True)):
         out = tmp_path / str(every)
         with pytest.raises(KeyboardInterrupt):
-            cli.train(*cli.parse(flags("rotation", out, "--steps", "4", "--save_every", str(every))),
-                      callbacks=[Stop()])
+            arguments = flags("rotation", out, "--steps", "4", "--save_every", str(every))
+            cli.train(*cli.parse(arguments), callbacks=[Stop()])
         assert (out / "config.yaml").exists() == kept
 
 
