@@ -153,7 +153,7 @@ class Targets(nn.Module):
             return masks
         return _read(masks, *_sources(matrix, self.output_size(params["size"])), params["size"])
 
-# %% ../../nbs/foundations/04_augmentation.ipynb #b8f14d57
+# %% ../../nbs/foundations/04_augmentation.ipynb #786475bd
 class Transform(Targets):
     """A random change: `draw` decides for each image, `apply_images` does it to the batch.
 
@@ -162,7 +162,7 @@ class Transform(Targets):
 
     unit = False  # True: pixels must lie in [0, 1]
     whole_batch = False  # True: images look at each other, a batch is never worked on in parts
-    light = False  # True: one pass over the pixels, parts would gain nothing
+    light = False  # True: parts of a batch would gain nothing
 
     def __init__(self, p: float = 1.0):
         super().__init__()
@@ -194,7 +194,7 @@ class Transform(Targets):
         return ", ".join(f"{name}={value}" for name, value in vars(self).items()
                          if name[0] != "_" and name != "training")
 
-# %% ../../nbs/foundations/04_augmentation.ipynb #bc5df9f3
+# %% ../../nbs/foundations/04_augmentation.ipynb #2caf788b
 PART = 2**19  # numbers worked on at a time on a CPU: about what its cache holds
 
 
@@ -205,10 +205,11 @@ def _apply(transform: Transform, images: Tensor, params: dict | list):
         changed = transform.change(images, params)
         return changed if chosen is None else torch.where(_each(chosen), changed, images)
     count = PART // images[0].numel()
-    if chosen is not None and count < 8 and not transform.whole_batch:  # large: one by one
+    alone = not (transform.whole_batch or transform.light)
+    if chosen is not None and count < 8 and alone:  # large: one by one
         return torch.cat([transform.change(images[i:i + 1], take_rows(params, slice(i, i + 1)))
                           if yes else images[i:i + 1] for i, yes in enumerate(chosen.tolist())])
-    count = len(images) if transform.whole_batch or transform.light else max(1, count)
+    count = max(1, count) if alone else len(images)
     if count < len(images):
         rows = [slice(i, i + count) for i in range(0, len(images), count)]
         return _join([_apply(transform, images[r], take_rows(params, r)) for r in rows])
@@ -660,15 +661,16 @@ class RandomSolarize(RandomGrayscale):
         bright = (images >= self.threshold).to(images.dtype)
         return torch.addcmul(images, bright, 1 - 2 * images)
 
-# %% ../../nbs/foundations/04_augmentation.ipynb #90c4d392
+# %% ../../nbs/foundations/04_augmentation.ipynb #6b148db9
 class GaussianBlur(Transform):
     """Each image blurred by a Gaussian of its own width with probability `p`; borders reflect.
 
     `kernel_size` is odd and less than twice the side, `sigma` in pixels: else a `ValueError`.
     """
 
-    def __init__(self, kernel_size: int, sigma: float | tuple[float, float] = (0.1, 2.0),
-                 p: float = 1.0):
+    light = True
+
+    def __init__(self, kernel_size: int, sigma: float | tuple = (0.1, 2.0), p: float = 1.0):
         super().__init__(p)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive; got {kernel_size}")
@@ -689,9 +691,8 @@ class GaussianBlur(Transform):
         offset = torch.arange(-radius, radius + 1, device=images.device)
         weights = (-0.5 * (offset / params["sigma"][:, None]) ** 2).softmax(1)  # (B, K)
         pixels = F.pad(_full(images), [radius] * 4, mode="reflect")
-        for dim in (3, 2):
-            pixels = _convolve(pixels, weights.to(pixels.dtype), dim)
-        return pixels.to(images.dtype)
+        weights = weights.to(pixels.dtype)
+        return _convolve(_convolve(pixels, weights, 3), weights, 2).to(images.dtype)
 
 
 def _convolve(images: Tensor, weights: Tensor, dim: int) -> Tensor:
