@@ -42,7 +42,7 @@ $(STAMP): settings.ini setup.py pyproject.toml
 lab: $(STAMP)
 	$(RUN) -m jupyterlab --ServerApp.ip=127.0.0.1 $(ARGS) nbs/index.ipynb
 
-test: export OMP_NUM_THREADS ?= 1
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(RUN) -m pytest --nbval-lax -n $(WORKERS) --dist loadscope $(ARGS) nbs tests
 
