@@ -272,7 +272,8 @@ def test_l2_sp_is_half_the_squared_distance_and_pulls_back():
     assert model.head.weight.grad is None
 
 
-@pytest.mark.parametrize("start", [{}, {"nowhere.weight": torch.zeros(1)}])
+@pytest.mark.parametrize("start", [{}, {"nowhere.weight": torch.zeros(1)},
+                                   {"head.bias": torch.zeros(1)}])  # would broadcast
 def test_l2_sp_refuses_a_start_of_another_model(start):
     with pytest.raises(ValueError, match="start must hold weights"):
         l2_sp(small_model(), start)
@@ -355,6 +356,7 @@ def test_confusion_matrix_equals_scikit_learns():
 @pytest.mark.parametrize(("said", "truth", "message"), [
     ([0, 4], [0, 1], "predictions must be in 0..3; got 0..4"),
     ([0, 1], [0, -1], "labels must be in 0..3; got -1..0"),
+    ([0.0, 1.0], [0, 1], "predictions must be numbers of classes.* got torch.float32"),
     ([0, 1], [0, 1, 2], "alike")])
 def test_confusion_matrix_refuses_what_is_out_of_range(said, truth, message):
     with pytest.raises(ValueError, match=message):
@@ -368,6 +370,9 @@ def test_confusion_table_names_rows_and_columns():
     assert lines[1].split() == ["cat", "3", "1", "0", "75%"]
     assert lines[3].split() == ["emu", "0", "0", "0", "-"]
     assert len({len(line) for line in lines}) == 1
+    for names in (["cat", "dog"], []):
+        with pytest.raises(ValueError, match=rf"\(3, 3\) and {len(names)} names"):
+            confusion_table(torch.zeros(3, 3, dtype=torch.int64), names)
 
 
 # ------------------------------------------------------------------------------ bad input
@@ -426,6 +431,47 @@ def test_pictures_of_every_mode_are_learned_from(tmp_path):
         callbacks=[FrozenBatchNorm()])
     outputs, truth = predict(model, data.batches(10, shuffle=False), precision="fp32")
     assert (outputs.argmax(1) == truth).all()
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_a_single_picture_and_an_odd_last_batch_are_learned_from(count):
+    model, data = small_model(), bright_sides()[:count]
+    history = fit(model, data.batches(3, shuffle=False), classification_loss, steps=4,
+                  optimizer=torch.optim.AdamW(layerwise_groups(model, lr=1e-2)),
+                  callbacks=[FrozenBatchNorm()], precision="fp32")
+    assert np.isfinite(history.losses).all() and len(history.losses) == 4
+
+
+def test_pictures_that_are_not_square_and_those_that_are_all_alike():
+    data = bright_sides()
+    for images in (data.images[:, :, :, :5], torch.full_like(data.images, 7)):
+        model = small_model()
+        history = fit(model, ImageSet(images, data.labels, CLASSES).batches(16),
+                      classification_loss, steps=3, callbacks=[FrozenBatchNorm()],
+                      optimizer=torch.optim.AdamW(layerwise_groups(model, lr=1e-2)),
+                      precision="fp32")
+        assert np.isfinite(history.losses).all()
+
+
+def test_half_precision_learns_with_the_callbacks():
+    model = small_model()
+    before = state(model)
+    history = fit(model, bright_sides().batches(16), classification_loss, steps=12,
+                  optimizer=torch.optim.AdamW(layerwise_groups(model, lr=1e-2)), precision="bf16",
+                  callbacks=[FrozenBatchNorm(), GradualUnfreezing(every=2), TowardsStart(5.0)])
+    assert history.losses[-1] < history.losses[0]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert not any("running" in key for key in changed(model, before))
+
+
+def test_pixels_that_are_no_numbers_stop_before_the_first_step():
+    model = load_pretrained("efficientnet_lite0", pretrained=False, size=32).reset_head(4)
+    before = state(model)
+    broken = bright_sides().batches(4, transform=lambda images, generator: images * torch.nan)
+    with pytest.raises(ValueError, match="images must be finite"):
+        fit(model, broken, classification_loss, steps=1, precision="fp32",
+            optimizer=torch.optim.AdamW(layerwise_groups(model, lr=1e-2)))
+    assert not changed(model, before)
 
 
 # ------------------------------------------------------------------------------ the recipe

@@ -33,6 +33,7 @@ from vlm_course.transfer.pretrained import (
     from_run,
     from_timm,
     from_torchvision,
+    lite0_names,
     load_pretrained,
     packaged_file,
     stage_names,
@@ -139,12 +140,81 @@ def test_lite0_preprocessing_is_the_published_one(lite0):
 
 def test_preprocessing_equals_torchvision():
     models = pytest.importorskip("torchvision.models")
-    for name in ("resnet18", "mobilenet_v3_small"):
+    for name in ("resnet18", "mobilenet_v3_small", "efficientnet_b0"):  # the last one is bicubic
         recipe = models.get_model_weights(name).DEFAULT.transforms()
         ours = from_torchvision(name, pretrained=False).preprocess
-        for shape in ((2, 3, 300, 400), (1, 3, 256, 256)):
-            images = noise(*shape)
+        for sides in ((300, 400), (256, 256), (333, 499), (499, 333), (257, 401), (101, 57)):
+            images = noise(2, 3, *sides) / 2 + 0.25  # a cubic stays in [0, 1]
             assert torch.allclose(ours(images), recipe(images), atol=1e-5)
+
+
+def test_preprocessing_equals_timms_but_for_rounding():
+    timm = pytest.importorskip("timm")
+    from timm.data import create_transform, resolve_data_config
+
+    for name in ("resnet10t", "vit_tiny_patch16_224", "convnext_tiny"):
+        theirs = create_transform(**resolve_data_config({}, model=timm.create_model(name)))
+        ours = from_timm(name, pretrained=False).preprocess
+        for sides in ((333, 499), (257, 401), (101, 57)):
+            smooth = nn.functional.interpolate(noise(1, 3, 7, 9), sides, mode="bilinear")
+            pixels = smooth.mul(255).round().to(torch.uint8)
+            picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+            gap = (ours(to_float(pixels))[0] - theirs(picture)).abs().max().item()
+            assert gap * min(ours.std) * 255 < 2  # PIL rounds twice to whole numbers
+
+
+def test_the_positions_of_a_torchvision_vit_fit_its_recipe():
+    with torch.device("meta"):
+        model = from_torchvision("vit_h_14", pretrained=False).eval()
+    assert model.preprocess.size == 518
+    assert model(torch.empty(1, 3, 600, 700, device="meta")).shape == (1, 1000)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"size": 0}, "size must be at least 1 pixel; got 0"), ({"crop": 0.0}, "crop must be in"),
+    ({"crop": 1.5}, r"crop must be in \(0, 1\].* got 1.5"),
+    ({"interpolation": "nearest"}, "interpolation .* got 1.0 and 'nearest'"),
+    ({"std": (1.0, 0.0, 1.0)}, "std above 0"), ({"mean": (0.5,)}, "one entry a channel")])
+def test_settings_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Preprocessing(**options)
+
+
+@pytest.mark.parametrize(("images", "message"), [
+    (noise(2, 3, 8, 8) * 255, r"images must be float in \[0, 1\].* got values in"),
+    (noise(2, 3, 8, 8) - 0.5, r"images must be float in \[0, 1\]"),
+    (noise(2, 3, 8, 8).where(torch.arange(2).view(2, 1, 1, 1) < 1, torch.nan),
+     r"images must be finite; images \[1\]"),
+    (noise(0, 3, 8, 8), "at least one picture"), (noise(3, 8, 8), "images must be")])
+def test_pixels_that_are_none_are_refused(lite0, images, message):
+    for call in (lite0, lite0.features, lite0.intermediates):
+        with pytest.raises(ValueError, match=message):
+            call(images)
+    assert not any(module._forward_hooks for module in lite0.modules())
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_pixels_keep_their_precision(interpolation, dtype):
+    ours = Preprocessing(size=12, crop=0.75, interpolation=interpolation)
+    images = noise(2, 3, 30, 41)
+    got = ours(images.to(dtype))
+    assert got.dtype == dtype and torch.allclose(got.float(), ours(images), atol=0.05)
+
+
+def test_a_cubic_does_not_leave_the_unit_interval():
+    edge = torch.zeros(1, 1, 8, 8)
+    edge[..., 4:] = 1
+    square = centre(edge, 20, interpolation="bicubic")
+    assert square.min() == 0 and square.max() == 1
+
+
+def test_one_picture_is_seen_as_in_a_batch_and_equal_ones_alike(lite0):
+    images = noise(3, 3, 50, 70)
+    with torch.no_grad():
+        assert torch.allclose(lite0(images)[:1], lite0(images[:1]), atol=1e-4)
+        same = lite0.features(torch.full((3, 3, 64, 64), 0.5))
+    assert same.isfinite().all() and torch.allclose(same[0], same[2], atol=1e-6)
 
 
 def test_grey_pictures_become_three_equal_channels(lite0):
@@ -234,6 +304,18 @@ def test_stages_cover_the_parameters():
         assert outside <= {"cls_token", "pos_embed"}
 
 
+@pytest.mark.parametrize("name", ["levit_128", "dla34"])  # two classifiers, and a convolution
+def test_a_classifier_of_another_kind_in_timm_is_refused(name):
+    pytest.importorskip("timm")
+    with torch.device("meta"), pytest.raises(ValueError, match="linear classifier, and one alone"):
+        from_timm(name, pretrained=False)
+
+
+def test_names_of_no_lite0_are_refused():
+    with pytest.raises(KeyError, match="layer1"):
+        lite0_names({"layer1.weight": torch.zeros(1)})
+
+
 def test_size_is_what_the_network_sees():
     model = load_pretrained("efficientnet_lite0", pretrained=False, size=32)
     assert model.preprocess(noise(1, 3, 99, 70)).shape == (1, 3, 32, 32)
@@ -242,6 +324,8 @@ def test_size_is_what_the_network_sees():
 def test_a_network_without_classifier_is_refused():
     with pytest.raises(ValueError, match="linear classifier"):
         take_classifier(nn.Sequential(nn.Conv2d(3, 4, 1)))
+    with pytest.raises(ValueError, match="Conv2d at '0'"):
+        take_classifier(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 2)), "0")
     with pytest.raises(ValueError, match="linear classifier"):
         from_torchvision("squeezenet1_0", pretrained=False)
 
@@ -329,6 +413,9 @@ def test_a_run_of_another_architecture_is_refused(pictures, tmp_path):
     config = out / "config.yaml"
     config.write_text(config.read_text().replace("resnet_mini", "vit_mini"))
     with pytest.raises(ValueError, match="of another model: missing .*unexpected"):
+        from_run(out)
+    config.write_text("size: 12\n")
+    with pytest.raises(ValueError, match="config must begin with '# method: .* got 'size: 12'"):
         from_run(out)
     (out / "backbone.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no backbone.safetensors"):

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RESNETS', 'VITS', 'FREE', 'METHODS', 'ABOUT', 'patch_side', 'make_backbone', 'Method', 'SupervisedConfig',
            'RotationConfig', 'MAERecipe', 'RunOptions', 'to_yaml', 'claim', 'claimed', 'write_text', 'probe',
-           'load_parts', 'prepare', 'leave_backbone', 'summary', 'train', 'hold_out', 'FinetuneRecipe', 'own_comments',
-           'comments', 'make_parser', 'parse', 'main']
+           'load_parts', 'fits', 'choose', 'prepare', 'leave_backbone', 'summary', 'train', 'hold_out',
+           'FinetuneRecipe', 'own_comments', 'comments', 'make_parser', 'parse', 'main']
 
-# %% ../nbs/train.ipynb #7896afff
+# %% ../nbs/train.ipynb #0726f9ab
 import contextlib
 import inspect
 import json
@@ -16,7 +16,8 @@ import math
 import platform
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -31,6 +32,8 @@ from .foundations.augmentation import Compose, RandomHorizontalFlip, RandomResiz
 from .foundations.images import Batches, ImageSet, load
 from .foundations.networks import Backbone, ResNet, ResNetConfig, ViT, ViTConfig
 from .foundations.training import Callback, History, classification_loss, fit, predict
+from .generation.gan import GANConfig
+from .generation.stylegan import StyleGANConfig
 from .predict import model_card, save_classifier
 from .self_supervised.contrastive import MoCoConfig, SimCLRConfig
 from .self_supervised.masked import MAE, MAEConfig, MaskNoise, mae_loss
@@ -78,7 +81,7 @@ def make_backbone(
                              patch_size=patch_side(image_size)))
     raise ValueError(f"backbone must be one of {[*RESNETS, *VITS]}; got {name!r}")
 
-# %% ../nbs/train.ipynb #0cbb7151
+# %% ../nbs/train.ipynb #07559309
 class Method(Protocol):
     "What a chapter's configuration has, such as `SimCLRConfig`; fields besides are its own."
 
@@ -99,7 +102,7 @@ class Method(Protocol):
 
     # and, if there are any: callbacks() -> list[Callback], such as a teacher's step;
     # `backbone`, a class variable: the name of the network if --backbone is not given; and what
-    # `FinetuneRecipe` has besides: parts, network, optimizer, finish
+    # `FinetuneRecipe` has besides: parts, network, optimizer, finish; `schedule`, as in `fit`
 
 # %% ../nbs/train.ipynb #71638553
 @dataclass(frozen=True, kw_only=True)
@@ -173,13 +176,15 @@ class MAERecipe(SupervisedConfig):
         "Mean squared error on the hidden patches."
         return mae_loss
 
-# %% ../nbs/train.ipynb #57e524c6
+# %% ../nbs/train.ipynb #913ace91
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     "What every run needs, whatever its method."
 
     out: Path  # folder that the run owns: configuration, checkpoints, weights, results
     data: str = "emoji"  # a set of the course, a torchvision class such as CIFAR10, or a folder
+    only: list[str] = field(default_factory=list)  # pictures that fit one of these: "column=value"
+    label: list[str] = field(default_factory=list)  # columns that make the classes; none: the set's
     backbone: str = "resnet_mini"  # of `RESNETS` or `VITS`; finetune: as in `load_pretrained`
     steps: int | None = None  # optimiser steps; takes the place of epochs
     warmup: float = 0.05  # share of the run in which the learning rate rises
@@ -282,6 +287,45 @@ def load_parts(
     return (load(data, size=size, split="train" if train else None),
             load(data, size=size, split="test") if test else None)
 
+# %% ../nbs/train.ipynb #3e0104f0
+def fits(
+    data: ImageSet,
+    entry: str,  # "column=pattern", or several of them joined by commas
+) -> torch.Tensor:  # (N,) bool
+    "Which pictures satisfy all conditions of one entry; `ValueError` if it cannot be read."
+    mask = torch.ones(len(data), dtype=torch.bool)
+    for condition in entry.split(","):
+        column, equals, pattern = condition.strip().partition("=")
+        if not equals or column not in {*data.table, "label"}:
+            raise ValueError(f"only must be of entries column=pattern with a column of "
+                             f"{['label', *data.table]}; got {entry!r}")
+        mask &= torch.tensor([fnmatchcase(str(value), pattern) for value in data.column(column)])
+    return mask
+
+
+def choose(
+    data: ImageSet,  # to train on
+    test: ImageSet | None,
+    *,
+    only: list[str] = (),  # entries of `fits`; none: all pictures
+    label: list[str] = (),  # columns that make the classes together; none: the set's own
+) -> tuple[ImageSet, ImageSet | None]:
+    "Both parts with the pictures and classes asked for; `ValueError` if nothing is left."
+    parts = [part for part in (data, test) if part is not None]
+    if only:
+        parts = [part[torch.stack([fits(part, entry) for entry in only]).any(0)] for part in parts]
+    if not len(parts[0]):
+        raise ValueError(f"only must leave some of the {len(data)} pictures; {only} leaves none")
+    if label:
+        names = [[" ".join(words) for words in zip(*(map(str, part.column(c)) for c in label))]
+                 for part in parts]
+        parts = [replace(part, table={**part.table, "class": own}).relabel("class")
+                 for part, own in zip(parts, names, strict=True)]
+    if parts[-1].classes != parts[0].classes:
+        raise ValueError(f"label must make the same classes of both parts; {list(label)} makes "
+                         f"{len(parts[0].classes)} of one and {len(parts[-1].classes)} of the other")
+    return parts[0], parts[1] if len(parts) > 1 else None
+
 # %% ../nbs/train.ipynb #bfcf0713
 def prepare(
     method: Method,
@@ -327,7 +371,7 @@ def summary(
             "torch": torch.__version__, "python": platform.python_version(),
             "losses": history.losses, "metrics": history.metrics}
 
-# %% ../nbs/train.ipynb #73148ed7
+# %% ../nbs/train.ipynb #e0a3b131
 def train(
     name: str,  # of the method, in `METHODS`
     method: Method,
@@ -343,6 +387,7 @@ def train(
     with claimed(options.out, text, resume=options.resume) if first else contextlib.nullcontext():
         with accelerator.local_main_process_first():  # one process downloads, the others find it
             data, test = getattr(method, "parts", load_parts)(options.data, method.size)
+        data, test = choose(data, test, only=options.only, label=options.label)
         backbone, model, batches = prepare(method, options, data)
         length = dict(epochs=method.epochs) if options.steps is None else dict(steps=options.steps)
         keep = Checkpoint(options.out / "checkpoints", every=options.save_every)
@@ -351,6 +396,7 @@ def train(
         history = fit(model, batches, method.loss(), **length, **own, warmup=options.warmup,
                       clip=options.clip, seed=options.seed, precision=options.precision,
                       resume=options.resume,
+                      schedule=getattr(method, "schedule", "cosine"),
                       callbacks=[*getattr(method, "callbacks", list)(), *callbacks, keep])
     results = {}
     if first:
@@ -411,11 +457,11 @@ class FinetuneRecipe(FinetuneConfig):
         return {"accuracy": right / len(labels), "confusion": matrix.tolist(),
                 "classes": data.classes}
 
-# %% ../nbs/train.ipynb #8fdaa7ba
+# %% ../nbs/train.ipynb #8bc73c6d
 METHODS: dict[str, Method] = {
     "supervised": SupervisedConfig(), "rotation": RotationConfig(),
     "simclr": SimCLRConfig(), "moco": MoCoConfig(), "mae": MAERecipe(), **JOINT_EMBEDDINGS,
-    "finetune": FinetuneRecipe()}
+    "finetune": FinetuneRecipe(), "dcgan": GANConfig(), "stylegan": StyleGANConfig()}
 ABOUT = {  # one line each, for --help
     "supervised": "cross-entropy on the labels, the control of all others",
     "rotation": "which way is up (Gidaris et al., 2018)",
@@ -428,6 +474,8 @@ ABOUT = {  # one line each, for --help
     "barlow_twins": "cross-correlation to the identity (Zbontar et al., 2021)",
     "dino": "a teacher's prototypes, centred and sharpened (Caron et al., 2021)",
     "finetune": "a pretrained network on your classes; `python -m vlm_course.predict` uses it",
+    "dcgan": "two networks play, one of them paints (Radford et al., 2015)",
+    "stylegan": "pictures by style (Karras et al., 2020); `python -m vlm_course.sample` draws",
 }
 
 # %% ../nbs/train.ipynb #ae97fe28

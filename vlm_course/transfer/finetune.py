@@ -53,7 +53,7 @@ def freeze(
             parameter.requires_grad_(depth < keep)
     return model
 
-# %% ../../nbs/transfer/02_finetune.ipynb #fabfba30
+# %% ../../nbs/transfer/02_finetune.ipynb #a3cb6e12
 def confusion_matrix(
     predictions: Tensor,  # (N,) int64 in 0..num_classes-1
     labels: Tensor,  # (N,) int64, the truth
@@ -65,18 +65,24 @@ def confusion_matrix(
         raise ValueError("predictions and labels must be (N,) alike; got "
                          f"{tuple(predictions.shape)} and {tuple(labels.shape)}")
     for name, values in (("predictions", predictions), ("labels", labels)):
+        if values.is_floating_point():
+            raise ValueError(f"{name} must be numbers of classes, as argmax gives; got "
+                             f"{values.dtype}")
         if len(values) and not 0 <= int(values.min()) <= int(values.max()) < num_classes:
             raise ValueError(f"{name} must be in 0..{num_classes - 1}; got "
                              f"{int(values.min())}..{int(values.max())}")
     pairs = num_classes * labels.cpu() + predictions.cpu()
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
-
+# %% ../../nbs/transfer/02_finetune.ipynb #8068047f
 def confusion_table(
     matrix: Tensor,  # (K, K) int64, from `confusion_matrix`
     classes: Sequence[str],  # K names
 ) -> str:  # lines of text: truths down, answers across, and the share of each truth found
-    "A confusion matrix to be printed."
+    "A confusion matrix to be printed. Raises `ValueError` if it has not a row for each name."
+    if not classes or matrix.shape != (len(classes), len(classes)):
+        raise ValueError("matrix must be (K, K) for K names in classes; got "
+                         f"{tuple(matrix.shape)} and {len(classes)} names")
     wide = max(len(name) for name in classes)
     columns = [max(len(name), 5) for name in classes]
     lines = [" " * wide + "".join(f"  {n:>{w}s}" for n, w in zip(classes, columns)) + "   found"]
@@ -167,20 +173,21 @@ class FrozenBatchNorm(Callback):
         "After `fit` has set the mode, and before the first step."
         frozen_batchnorm(run.model)
 
-# %% ../../nbs/transfer/02_finetune.ipynb #b7c9436c
+# %% ../../nbs/transfer/02_finetune.ipynb #292a9707
 def l2_sp(
     model: nn.Module,
     start: Mapping[str, Tensor],  # weights by their names in the model: a copy of the body's
 ) -> Tensor:  # scalar float32
     """Half the squared distance of the model's weights from `start` (Li et al., 2018).
 
-    Weights that `start` does not name are free. Raises `ValueError` for names that the model lacks.
+    Weights that `start` does not name are free. `ValueError` for what is not the model's.
     """
     weights = dict(model.named_parameters())
-    unknown = sorted(start.keys() - weights.keys())
+    unknown = sorted(key for key, value in start.items()
+                     if key not in weights or weights[key].shape != value.shape)
     if unknown or not start:
         raise ValueError(f"start must hold weights of the model; it holds {len(start)}, of which "
-                         f"the model lacks {unknown[:3]}")
+                         f"the model has none of this name and shape: {unknown[:3]}")
     return 0.5 * sum((weights[key].float() - value).square().sum() for key, value in start.items())
 
 # %% ../../nbs/transfer/02_finetune.ipynb #1693cd93

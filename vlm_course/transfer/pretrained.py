@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LITE0_PACKAGE', 'LITE0_SHA256', 'IMAGENET_MEAN', 'IMAGENET_STD', 'packaged_file', 'SameConv2d', 'conv_bn',
-           'InvertedResidual', 'EfficientNetLiteConfig', 'EfficientNetLite', 'lite0_names', 'Preprocessing', 'centre',
-           'Composition', 'stage_names', 'PretrainedModel', 'imagenet_classes', 'efficientnet_lite0', 'take_classifier',
-           'fetched', 'from_torchvision', 'from_timm', 'run_backbone', 'from_run', 'load_pretrained']
+           'InvertedResidual', 'EfficientNetLiteConfig', 'EfficientNetLite', 'lite0_names', 'check_square', 'centre',
+           'Preprocessing', 'Composition', 'stage_names', 'PretrainedModel', 'imagenet_classes', 'efficientnet_lite0',
+           'take_classifier', 'fetched', 'from_torchvision', 'from_timm', 'run_backbone', 'from_run', 'load_pretrained']
 
-# %% ../../nbs/transfer/01_pretrained.ipynb #bf874c0a
+# %% ../../nbs/transfer/01_pretrained.ipynb #d2cd18f7
 import hashlib
 import json
 import re
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ..appendix.checkpoints import load_weights, read_tensors
-from ..foundations.images import check_images, normalize, resize
+from ..foundations.augmentation import check_batch, eager_on_cpu
+from ..foundations.images import normalize, resize
 from ..foundations.networks import Backbone, check_input, make_head
 
 # %% ../../nbs/transfer/01_pretrained.ipynb #ce192b7f
@@ -174,7 +175,39 @@ def lite0_names(
 
     return {ours(name): tensor for name, tensor in tensors.items()}
 
-# %% ../../nbs/transfer/01_pretrained.ipynb #90a34ab3
+# %% ../../nbs/transfer/01_pretrained.ipynb #2b31ab0f
+def check_square(size: int, *, crop: float, interpolation: str) -> None:
+    "Raises `ValueError` unless `centre` can cut such a square."
+    if size < 1:
+        raise ValueError(f"size must be at least 1 pixel; got {size}")
+    if not 0 < crop <= 1 or interpolation not in ("bilinear", "bicubic"):
+        raise ValueError('crop must be in (0, 1], interpolation "bilinear" or "bicubic"; got '
+                         f"{crop} and {interpolation!r}")
+
+
+def centre(
+    images: Tensor,  # (B, C, H, W) float in [0, 1]
+    size: int,  # side in pixels
+    *,
+    crop: float = 1.0,  # share of the shorter side that is kept, in (0, 1]
+    interpolation: str = "bilinear",  # or "bicubic"; both filter where they shrink
+) -> Tensor:  # (B, C, size, size), float in [0, 1]
+    "Pictures resized until their shorter side is size / crop, and the middle cut out."
+    check_square(size, crop=crop, interpolation=interpolation)
+    short, wanted = min(images.shape[2:]), round(size / crop)
+    sides = tuple(wanted if side == short else int(wanted * side / short)
+                  for side in images.shape[2:])  # rounded as torchvision rounds
+    if interpolation == "bilinear":
+        images = resize(images, sides)
+    elif images.shape[2:] != sides:
+        exact = images.dtype in (torch.float32, torch.float64)  # lower precision: sum in 32 bits
+        large = nn.functional.interpolate(images if exact else images.float(), sides,
+                                          mode="bicubic", antialias=True, align_corners=False)
+        images = large.clamp(0, 1).to(images.dtype)  # a cubic overshoots at edges
+    top, left = (round((side - size) / 2) for side in sides)
+    return images[:, :, top:top + size, left:left + size]
+
+# %% ../../nbs/transfer/01_pretrained.ipynb #f3ae82bd
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -182,38 +215,37 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Preprocessing:
     """How a set of weights wants its pictures. It belongs to the weights, and travels with them.
 
-    Grey pictures become three equal channels; `ValueError` for any other number of channels.
+    Grey pictures become three equal channels. Raises `ValueError` for any other number of channels,
+    for settings out of range and, on the CPU, for pixels that are not finite or not in [0, 1].
     """
 
     size: int | None = 224  # side of the square that the network sees, in pixels; None: any
     mean: tuple[float, ...] = IMAGENET_MEAN  # of each channel, in units of [0, 1]
     std: tuple[float, ...] = IMAGENET_STD  # of each channel, in units of [0, 1]
     crop: float = 1.0  # share of the shorter side that the square, cut from the middle, keeps
+    interpolation: str = "bilinear"  # or "bicubic"
+
+    def __post_init__(self):
+        if len(self.mean) != len(self.std) or not self.mean or not min(self.std) > 0:
+            raise ValueError("mean and std must have one entry a channel, std above 0; got "
+                             f"{self.mean} and {self.std}")
+        if self.size is not None:
+            check_square(self.size, crop=self.crop, interpolation=self.interpolation)
 
     def __call__(self, images: Tensor) -> Tensor:
         "(B, C, H, W) float in [0, 1] to (B, len(mean), size, size), normalised."
-        check_images(images)
+        check_batch(images)
+        if eager_on_cpu(images) and not -0.01 <= images.min() <= images.max() <= 1.01:
+            raise ValueError("images must be float in [0, 1], not yet normalised; got values in "
+                             f"{images.min().item():.3g}..{images.max().item():.3g}")
         if images.shape[1] == 1:
             images = images.expand(-1, len(self.mean), -1, -1)
         if images.shape[1] != len(self.mean):
             raise ValueError(f"images must have 1 or {len(self.mean)} channels, as mode='RGB' of "
                              f"load gives; got {tuple(images.shape)}")
         if self.size is not None:
-            images = centre(images, self.size, crop=self.crop)
+            images = centre(images, self.size, crop=self.crop, interpolation=self.interpolation)
         return normalize(images, mean=self.mean, std=self.std)
-
-
-def centre(
-    images: Tensor,  # (B, C, H, W) float in [0, 1]
-    size: int,  # side in pixels
-    *,
-    crop: float = 1.0,  # share of the shorter side that is kept, above 0
-) -> Tensor:  # (B, C, size, size)
-    "Pictures resized until their shorter side is size / crop, and the middle cut out."
-    scale = round(size / crop) / min(images.shape[2:])
-    images = resize(images, tuple(max(size, round(side * scale)) for side in images.shape[2:]))
-    top, left = ((side - size) // 2 for side in images.shape[2:])
-    return images[:, :, top:top + size, left:left + size]
 
 # %% ../../nbs/transfer/01_pretrained.ipynb #50cd0420
 class Composition(nn.Module):
@@ -312,17 +344,19 @@ def efficientnet_lite0(
                            classes=imagenet_classes() if pretrained else (),
                            name="efficientnet_lite0")
 
-# %% ../../nbs/transfer/01_pretrained.ipynb #6c8fa7f6
+# %% ../../nbs/transfer/01_pretrained.ipynb #acc6cffd
 def take_classifier(
     body: nn.Module,  # changed in place: it gives features afterwards
     name: str | None = None,  # of the classifier in it; None: its last linear layer
 ) -> nn.Linear:
-    "The linear classifier of a network, taken out of it; `ValueError` if there is none."
-    linear = [key for key, module in body.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise ValueError(f"body must have a linear classifier; {type(body).__name__} has none")
-    name = linear[-1] if name is None else name
-    head = body.get_submodule(name)
+    "The linear classifier of a network, taken out of it; `ValueError` if it is none, or not one."
+    if name is None:
+        name = next((key for key, module in reversed([*body.named_modules()])
+                     if key and isinstance(module, nn.Linear)), None)
+    head = body.get_submodule(name) if isinstance(name, str) else None
+    if not isinstance(head, nn.Linear):
+        raise ValueError("body must have a linear classifier, and one alone; "
+                         f"{type(body).__name__} has {type(head).__name__} at {name!r}")
     parent, _, last = name.rpartition(".")
     setattr(body.get_submodule(parent), last, nn.Identity())
     return head
@@ -339,7 +373,7 @@ def fetched(
         raise ConnectionError(f"the weights of {name!r} are not on this machine and cannot be "
                               "downloaded; 'efficientnet_lite0' needs no network") from error
 
-# %% ../../nbs/transfer/01_pretrained.ipynb #ad4860e9
+# %% ../../nbs/transfer/01_pretrained.ipynb #470c7298
 def from_torchvision(
     name: str,  # of a classifier in torchvision.models: "resnet18", "vit_b_16"
     *,
@@ -354,22 +388,29 @@ def from_torchvision(
     if name not in models.list_models(models):
         raise ValueError(f"name must be one of torchvision.models, as 'resnet18'; got {name!r}")
     weights = models.get_model_weights(name).DEFAULT
-    body = fetched(lambda: models.get_model(name, weights=weights if pretrained else None), name)
-    recipe, head = weights.transforms(), take_classifier(body)
+    recipe = weights.transforms()
     size, = recipe.crop_size
+    options = {"image_size": size} if name.startswith("vit_") else {}  # fixed by its positions
+    body = fetched(lambda: models.get_model(name, weights=weights if pretrained else None,
+                                            **options), name)
+    head = take_classifier(body)
     preprocess = Preprocessing(size=size, mean=tuple(recipe.mean), std=tuple(recipe.std),
-                               crop=size / recipe.resize_size[0])
+                               crop=size / recipe.resize_size[0],
+                               interpolation=recipe.interpolation.value)
     return PretrainedModel(body, embed_dim=head.in_features, preprocess=preprocess, head=head,
                            classes=weights.meta["categories"] if pretrained else (),
                            name=f"torchvision/{name}")
 
-# %% ../../nbs/transfer/01_pretrained.ipynb #1311e75c
+# %% ../../nbs/transfer/01_pretrained.ipynb #d60f18e5
 def from_timm(
     name: str,  # one of timm.list_models(): "vit_tiny_patch16_224"
     *,
     pretrained: bool = True,  # False: untrained, with the same preprocessing
 ) -> PretrainedModel:
-    "A classifier of timm, which must be installed; errors as for `from_torchvision`."
+    """A classifier of timm, which must be installed; errors as for `from_torchvision`.
+
+    The square is cut from the middle, also for the few networks whose recipe squeezes pictures.
+    """
     import timm
 
     if not timm.is_model(name):
@@ -377,13 +418,15 @@ def from_timm(
     body = fetched(lambda: timm.create_model(name, pretrained=pretrained), name)
     recipe = body.pretrained_cfg
     head = take_classifier(body, recipe["classifier"])
-    preprocess = Preprocessing(size=recipe["input_size"][1], mean=tuple(recipe["mean"]),
-                               std=tuple(recipe["std"]), crop=recipe["crop_pct"])
+    size = recipe["input_size"][1]
+    preprocess = Preprocessing(size=size, mean=tuple(recipe["mean"]), std=tuple(recipe["std"]),
+                               crop=size / int(size / recipe["crop_pct"]),  # as timm rounds
+                               interpolation=recipe["interpolation"])
     classes = imagenet_classes() if pretrained and head.out_features == 1000 else ()
     return PretrainedModel(body, embed_dim=head.in_features, preprocess=preprocess, head=head,
                            classes=classes, name=f"timm/{name}")
 
-# %% ../../nbs/transfer/01_pretrained.ipynb #097fc3d2
+# %% ../../nbs/transfer/01_pretrained.ipynb #9ac48e93
 def run_backbone(
     config: str,  # text of a run's config.yaml
     *,
@@ -393,8 +436,11 @@ def run_backbone(
     "The network of a run's configuration, and the preprocessing of its pictures."
     from vlm_course.train import METHODS, MAERecipe, make_backbone
 
-    first, *lines = config.splitlines()
+    first, *lines = config.splitlines() or [""]
     method = first.removeprefix("# method: ")
+    if method not in METHODS:
+        raise ValueError("config must begin with '# method: NAME', a method of vlm_course.train; "
+                         f"got {first!r}")
     values = {key: json.loads(value) for key, _, value in (x.partition(": ") for x in lines)}
     body = make_backbone(values["backbone"], image_size=values["size"], in_channels=in_channels,
                          num_classes=num_classes)
@@ -404,7 +450,7 @@ def run_backbone(
     return body, Preprocessing(size=values["size"], mean=(0.0,) * in_channels,
                                std=(1.0,) * in_channels)
 
-# %% ../../nbs/transfer/01_pretrained.ipynb #bd66e551
+# %% ../../nbs/transfer/01_pretrained.ipynb #b3edfa04
 def from_run(
     folder: str | Path,  # that `python -m vlm_course.train` left
 ) -> PretrainedModel:  # its backbone, with a head if the method trained one
@@ -423,7 +469,7 @@ def from_run(
             raise FileNotFoundError(f"{str(folder)!r} is no finished run: no {file.name} in it")
     config, (tensors, _) = path.read_text(encoding="utf-8"), read_tensors(weights)
     logits = [len(t) for key, t in tensors.items() if key in ("fc.weight", "head.weight")]
-    channels = next(t.shape[1] for t in tensors.values() if t.ndim == 4)
+    channels = next((t.shape[1] for t in tensors.values() if t.ndim == 4), 3)
     body, preprocess = run_backbone(config, in_channels=channels, num_classes=sum(logits))
     load_weights(body, weights)
     head = getattr(body, body.head_name)
