@@ -15,18 +15,23 @@ from PIL import Image
 from vlm_course import train as cli
 from vlm_course.appendix.checkpoints import load_weights, read_tensors
 from vlm_course.foundations.training import Callback
+from vlm_course.generation.gan import load_generator
 
 VITS = {"mae"}  # methods whose own default is a Vision Transformer
-FROM_NOTHING = [name for name in cli.METHODS if name != "finetune"]  # that one: test_predict.py
+GENERATORS = [name for name in ("dcgan", "stylegan") if name in cli.METHODS]
+SELF_MADE = {"finetune", *GENERATORS}  # methods with a network of their own
+BACKBONES = [name for name in cli.METHODS if name not in SELF_MADE]
+FROM_NOTHING = [*BACKBONES, *GENERATORS]  # finetune: test_predict.py
 QUICK = ["--data", "photos", "--batch_size", "16", "--save_every", "2", "--warmup", "0"]
 
 
 def flags(name: str, out: Path, *more: str) -> list[str]:
     """A run of three steps."""
-    return [name, *QUICK, "--steps", "3", "--out", str(out), *more]
+    size = ["--size", "32"] if name in GENERATORS else []
+    return [name, *QUICK, *size, "--steps", "3", "--out", str(out), *more]
 
 
-@pytest.mark.parametrize("name", FROM_NOTHING)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_every_method_trains_and_leaves_a_backbone(name, tmp_path):
     results = cli.main(flags(name, tmp_path))
     assert len(results["losses"]) == 3 and torch.tensor(results["losses"]).isfinite().all()
@@ -36,6 +41,41 @@ def test_every_method_trains_and_leaves_a_backbone(name, tmp_path):
     weights, _ = read_tensors(tmp_path / "backbone.safetensors")
     learnt = {key for key in backbone.state_dict() if not key.startswith(("fc.", "head."))}
     assert learnt - {"pos_embed"} <= set(weights)  # an MAE computes its positions
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_generator_trains_on_the_pictures_and_classes_asked_for(name, tmp_path):
+    asked = ["--only", '["label=animals", "label=f*"]', "--label", "[label]"]
+    results = cli.main(flags(name, tmp_path, *asked))
+    assert torch.tensor(results["losses"]).isfinite().all()
+    assert results["classes"] == ["animals", "fish"]
+    assert load_generator(tmp_path).classes == ["animals", "fish"]
+    with Image.open(tmp_path / "samples.png") as sheet:
+        assert min(sheet.size) > 32
+
+
+def test_pictures_are_chosen_by_any_entry_and_all_its_conditions():
+    data, test = cli.load_parts("emoji", 32)
+    only = ["subgroup=face-*", "group=objects,style=noto"]
+    part, held = cli.choose(data, test, only=only, label=["group", "style"])
+    assert part.classes == ["objects noto", *(f"smileys-emotion {style}" for style in (
+        "fluent3d", "noto", "openmoji", "twemoji"))] == held.classes  # fmt: skip
+    for subgroup, group, style in zip(*map(part.column, ("subgroup", "group", "style"))):
+        assert subgroup.startswith("face-") or (group, style) == ("objects", "noto")
+    whole = [cli.choose(data, test, only=[entry])[0] for entry in only]
+    assert len(part) == sum(map(len, whole)) > 0
+    assert cli.choose(data, None) == (data, None)
+
+
+@pytest.mark.parametrize(("asked", "words"), [
+    (dict(only=["group"]), "column=pattern.*got 'group'"),
+    (dict(only=["colour=red"]), "column of.*'style'.*got 'colour=red'"),
+    (dict(only=["group=nothing"]), "leaves none"),
+    (dict(label=["name_en"]), "the same classes"),
+])  # fmt: skip
+def test_a_choice_that_cannot_be_made_is_refused(asked, words):
+    with pytest.raises(ValueError, match=words):
+        cli.choose(*cli.load_parts("emoji", 32), **asked)
 
 
 @pytest.mark.timeout(240)
@@ -48,7 +88,8 @@ def test_two_processes_train_every_method(tmp_path):
         results = json.loads((tmp_path / name / "results.json").read_text())
         assert results["processes"] == 2 and len(results["losses"]) == 3
         assert torch.tensor(results["losses"]).isfinite().all(), name
-        assert read_tensors(tmp_path / name / "backbone.safetensors")[0]
+        kept = "generator" if name in GENERATORS else "backbone"
+        assert read_tensors(tmp_path / name / f"{kept}.safetensors")[0]
 
 
 @pytest.mark.timeout(120)
@@ -73,14 +114,14 @@ class Stop(Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("name", ["moco", "mae", "byol", "dino"])  # state of all kinds
+@pytest.mark.parametrize("name", ["moco", "mae", "byol", "dino", *GENERATORS])  # all kinds of state
 def test_a_stopped_run_ends_as_an_unbroken_one(name, tmp_path):
     whole = cli.main(flags(name, tmp_path / "whole", "--steps", "4"))
     again = flags(name, tmp_path / "again", "--steps", "4")
     with pytest.raises(KeyboardInterrupt):
         cli.train(*cli.parse(again), callbacks=[Stop()])
     resumed = cli.main([*again, "--resume", "true"])
-    assert resumed["losses"] == whole["losses"] and resumed["probe"] == whole["probe"]
+    assert resumed["losses"] == whole["losses"] and resumed.get("probe") == whole.get("probe")
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
