@@ -26,7 +26,6 @@ from vlm_course.transfer.adapters import (
     add_lora,
     add_prompts,
     bias_only,
-    head_only,
     head_of,
     load_adapter,
     match_layers,
@@ -34,7 +33,8 @@ from vlm_course.transfer.adapters import (
     saved_activations,
     training_memory,
 )
-from vlm_course.transfer.pretrained import SameConv2d, load_pretrained
+from vlm_course.transfer.finetune import freeze
+from vlm_course.transfer.pretrained import PretrainedModel, SameConv2d, load_pretrained
 
 
 def small_vit(*, classes: int = 5, pool: str = "token") -> ViT:
@@ -52,6 +52,13 @@ def small_resnet(*, classes: int = 5) -> ResNet:
 def lite0() -> nn.Module:
     torch.manual_seed(0)
     return load_pretrained("efficientnet_lite0", pretrained=False, size=32).reset_head(5).eval()
+
+
+def wrapped_vit() -> PretrainedModel:
+    """The small Transformer as the chapters have it: a body, and a head beside it."""
+    body = small_vit(classes=0)
+    return PretrainedModel(body, embed_dim=24, preprocess=nn.Identity(),
+                           head=nn.Linear(24, 5)).eval()
 
 
 def pictures(count: int = 3, side: int = 16) -> torch.Tensor:
@@ -77,7 +84,7 @@ MODELS = {"vit": small_vit, "resnet": small_resnet, "lite0": lite0}
 CHANGES = {"lora": lambda m: add_lora(m, rank=2), "adapters": lambda m: add_adapters(m, width=3),
            "deep prompts": lambda m: add_prompts(m, count=4),
            "shallow prompts": lambda m: add_prompts(m, count=4, deep=False),
-           "bias": bias_only, "probe": head_only}
+           "bias": bias_only}
 
 
 # ------------------------------------------------------------------------------ LoRA against peft
@@ -310,6 +317,52 @@ def test_timm_backbones_are_adapted_by_name():
     torch.testing.assert_close(model(images), before)
 
 
+def test_layers_that_are_read_and_never_called_are_left_out():
+    pytest.importorskip("torchvision")
+    model = load_pretrained("torchvision/vit_b_16", pretrained=False).reset_head(3).eval()
+    names = match_layers(model)  # nn.MultiheadAttention reads the weights of its layers
+    assert len(names) == 1 + 2 * 12 and not any("attention" in name for name in names)
+    with pytest.raises(ValueError, match="nn.MultiheadAttention; got 'out_proj'"):
+        add_lora(model, targets=["out_proj"])
+    images = pictures(1, side=32)
+    before = model(images)
+    torch.testing.assert_close(add_lora(model, rank=2)(images), before)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_change_trains_agrees_with_freeze_of_the_chapter_before(change):
+    model = CHANGES[change](wrapped_vit())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {"head.weight", "head.bias"} < trained
+    freeze(model)
+    left = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert left == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_one_picture_gets_what_it_gets_in_a_batch(change):
+    model, images = randomise(CHANGES[change](small_vit())), pictures()
+    torch.testing.assert_close(model(images[1:2]), model(images)[1:2])
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_half_precision_stays_half_precision(change):
+    model = CHANGES[change](small_vit().bfloat16())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    logits = model(pictures().bfloat16())
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+
+
+@pytest.mark.parametrize("change", ["lora", "bias"])
+def test_pictures_need_not_be_square(change):
+    model = CHANGES[change](small_resnet())
+    images = torch.rand(2, 3, 12, 19, generator=torch.Generator().manual_seed(3))
+    changed = randomise(model)(images)
+    assert changed.shape == (2, 5)
+    if change == "lora":
+        torch.testing.assert_close(merge_lora(model)(images), changed, atol=1e-4, rtol=1e-4)
+
+
 # --------------------------------------------------------------------------------------- memory
 
 
@@ -337,8 +390,8 @@ def test_counting_leaves_nothing_behind():
 
 def test_memory_is_counted():
     images = pictures()
-    full, probe = training_memory(small_vit(), images), training_memory(head_only(small_vit()),
-                                                                        images)
+    full, probe = (training_memory(model, images) for model in (wrapped_vit(),
+                                                                freeze(wrapped_vit())))
     size = 4 * count_parameters(small_vit())
     assert full["weights"] == probe["weights"] == full["gradients"] == size
     assert full["optimizer"] == 2 * size
@@ -435,7 +488,7 @@ def test_adapters_of_a_convolution_network_must_be_placed():
         add_adapters(small_resnet())
 
 
-@pytest.mark.parametrize("change", ["lora", "probe", "bias"])
+@pytest.mark.parametrize("change", ["lora", "bias"])
 def test_a_model_without_a_head_is_refused(change):
     with pytest.raises(ValueError, match="model must have its classifier in `head`.*Sequential"):
         CHANGES[change](nn.Sequential(nn.Linear(3, 3)))

@@ -1,11 +1,17 @@
 """Shift and tasks: adapted statistics, domain classifiers, several heads and their balance."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 from vlm_course.foundations.images import ImageSet
@@ -23,10 +29,14 @@ from vlm_course.transfer.shift_and_tasks import (
     multitask_groups,
     multitask_loss,
     numbered,
+    process_mean,
     proxy_distance,
     task_gradients,
     task_scores,
 )
+
+sys.path.insert(0, str(Path(__file__).parent))
+import shift_and_tasks_runs as runs  # noqa: E402
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -107,6 +117,20 @@ def test_adapting_refuses_what_it_cannot_do(data):
     for prior in (-1.0, float("nan")):
         with pytest.raises(ValueError, match="prior"):
             adapt_batchnorm(network(), batches, prior=prior)
+    images = data.images[:8].float() / 255
+    images[3, 0, 5, 5] = torch.nan
+    for prior in (0.0, 100.0):
+        with pytest.raises(ValueError, match="images in batches must be finite"):
+            adapt_batchnorm(network(), [(images,)], prior=prior)
+
+
+def test_one_picture_an_odd_batch_any_shape_and_equal_pictures_are_adapted_to(data):
+    images = torch.rand(5, 3, 9, 14, generator=generator())
+    for batches in ([(images[:1],)], [(images[:4],), (images[4:],)], [(images[:1] * 0,)] * 2):
+        adapted = adapt_batchnorm(network(), batches, prior=2.0)
+        assert adapted(images).isfinite().all()
+    half = adapt_batchnorm(network().bfloat16(), [(images.bfloat16(),)], precision="fp32")
+    assert half.bn1.running_mean.dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------ domain classifiers
@@ -133,12 +157,24 @@ def test_logistic_classifier_refuses():
         logistic_classifier(torch.full((10, 3), torch.nan), y)
     with pytest.raises(ValueError, match=r"\(10, 3\) and \(9,\)"):
         logistic_classifier(x, y[:9])
+    with pytest.raises(ValueError, match=r"none below 0.*\[-1, 0\]"):
+        logistic_classifier(x, y - 1)
 
 
 def test_proxy_distance_is_two_apart_and_nothing_together():
     rows = [torch.randn(n, 4, generator=generator(i)) for i, n in enumerate((900, 300, 400, 400))]
     assert abs(proxy_distance(*rows)) < 0.25  # one domain; and three times as many of the first
     assert proxy_distance(rows[0], rows[1] + 9, rows[2], rows[3] + 9) > 1.95
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:, :2], lambda x: x[:0], lambda x: x[0],
+                                    lambda x: x / torch.tensor([1.0, 0.0, 1.0])])
+@pytest.mark.parametrize("place", range(4))
+def test_proxy_distance_refuses(change, place):
+    rows = [torch.randn(8, 3, generator=generator(i)) for i in range(4)]
+    rows[place] = change(rows[place])
+    with pytest.raises(ValueError, match="source_new and target_new must be .N, D., finite"):
+        proxy_distance(*rows)
 
 
 # ------------------------------------------------------------------------------ tasks and heads
@@ -152,6 +188,7 @@ def test_proxy_distance_is_two_apart_and_nothing_together():
         (torch.tensor([0, 1, 1]), "abc", r"no picture of \['c'\]"),
         (torch.tensor([0, 0, 0]), "a", "two classes"),
         (torch.tensor([[0.0, 2.0]]), "ab", r"0\.\.1"),
+        (torch.tensor([[1.0, 1.0], [0.0, torch.nan]]), "ab", r"0\.\.1; got nan"),
         (torch.tensor([[0.0, 1.0]]), "ab", r"no picture of \['a'\]"),
         (torch.tensor([[0.0, 1.0]]), "abc", r"\(N, 3\)"),
         (torch.tensor([0.0, 1.0]), "ab", "int64"),
@@ -171,6 +208,8 @@ def test_average_precision_equals_sklearn():
     assert np.allclose(average_precision(scores, targets).numpy(), wanted)
     with pytest.raises(ValueError, match="a 1 in each column"):
         average_precision(scores, torch.zeros(80, 5))
+    with pytest.raises(ValueError, match="no score nan"):
+        average_precision(scores.log(), targets)
 
 
 def test_loss_is_the_sum_of_the_tasks_losses(data, tasks):
@@ -196,8 +235,30 @@ def test_heads_and_tasks_that_do_not_fit_are_named(data, tasks):
     wide = Task("tags", torch.ones(96, 4), list("wxyz"))
     with pytest.raises(ValueError, match="'tags' must be .*4.*got"):
         multitask_loss([other, wide])(model, data.images[:2].float() / 255, torch.arange(2))
-    with pytest.raises(ValueError, match="one row a picture"):
+    with pytest.raises(ValueError, match=r"one row a picture, 10; \['kind', 'tags'\]"):
         task_scores(model, data[:10], tasks)
+    with pytest.raises(ValueError, match=r"a head each.*\['mood'\]"):
+        task_scores(model, data, [tasks[0], Task("mood", data.labels, data.classes)])
+    for given in (tasks[:1], tasks[::-1]):
+        with pytest.raises(ValueError, match=r"heads, \['kind', 'tags'\]; got"):
+            multitask_loss(given)(model, data.images[:2].float() / 255, torch.arange(2))
+    for balance in (FixedWeights([1.0]), UncertaintyWeights(3), GradNorm(1)):
+        with pytest.raises(ValueError, match="balance must have 2 weights, one a task; got"):
+            MultiTask(network(), tasks, balance=balance)
+
+
+def test_shared_is_the_last_matrix_that_pictures_meet(tasks):
+    vit = ViT(ViTConfig(image_size=12, patch_size=4, dim=32, depth=2, num_heads=2, num_classes=7))
+    assert MultiTask(vit, tasks).shared is vit.blocks[1].mlp.fc2.weight
+    resnet = network()
+    assert MultiTask(resnet, tasks).shared is resnet.layer2[0].conv2.weight
+
+
+def test_one_picture_and_shapes_that_are_not_square(data, tasks):
+    model, loss = MultiTask(network(), tasks, balance=UncertaintyWeights(2)), multitask_loss(tasks)
+    total, _ = loss(model.train(), torch.rand(1, 3, 9, 14), torch.tensor([95]))
+    total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_training_learns_both_tasks_and_any_backbone_serves(data, tasks):
@@ -321,9 +382,66 @@ def test_gradnorm_equalises_pulls_and_keeps_the_sum(data, tasks):
 
 
 def test_every_parameter_is_in_one_group(data, tasks):
-    for balance in (FixedWeights([1, 1]), UncertaintyWeights(2), GradNorm(2)):
+    for balance in (FixedWeights([1.0, 1.0]), UncertaintyWeights(2), GradNorm(2)):
         model = MultiTask(network(), tasks, balance=balance)
         groups = multitask_groups(model, lr=1e-3, balance_lr=0.5)
         grouped = [id(p) for group in groups for p in group["params"]]
         assert sorted(grouped) == sorted(id(p) for p in model.parameters())
         assert (groups[-1]["lr"] == 0.5) == (not isinstance(balance, FixedWeights))
+
+
+# ------------------------------------------------------------------------------ two processes
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> Path:
+    """What two processes of `accelerate launch` left behind."""
+    folder = tmp_path_factory.mktemp("launched")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes",
+               "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+               "--main_process_port", "0", runs.__file__, str(folder)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def seen(folder: Path, kind: str) -> list[dict]:
+    return [json.loads((folder / f"seen-{rank}.json").read_text())[kind] for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("started", ["step", "first"])
+@pytest.mark.parametrize("kind", runs.KINDS)
+def test_two_processes_have_the_loss_and_gradient_of_one_with_the_whole_batch(
+        launched, kind, started):
+    alone = runs.step(kind, runs.ROWS, started=started == "step")
+    pair = [found[started] for found in seen(launched, kind)]
+    assert abs(pair[0]["parts"][0] - pair[1]["parts"][0]) > 0.3  # their data differ
+    for found in pair:  # a balance is the same everywhere, whatever its share of the batch
+        assert found["weights"] == pytest.approx(alone["weights"], rel=1e-4)
+    mean = {key: np.mean([found[key] for found in pair], axis=0) for key in ("loss", "gradient")}
+    assert mean["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+    gradient, wanted = torch.tensor(mean["gradient"]), torch.tensor(alone["gradient"]).double()
+    if (kind, started) == ("gradnorm", "first"):  # all pull alike: the sign of their difference
+        gradient, wanted = gradient[:-2], wanted[:-2]  # is a coin, and the balance comes last
+    elif started == "step" and kind != "sum":  # the balance has a gradient of its own
+        assert wanted[-2:].abs().min() > 1e-3
+    assert torch.allclose(gradient, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", runs.KINDS)
+def test_training_on_two_processes_equals_training_on_one(launched, kind):
+    model, alone = runs.trained(kind)
+    weights = load_file(launched / f"{kind}-0.safetensors")
+    other = load_file(launched / f"{kind}-1.safetensors")
+    for found in seen(launched, kind):
+        for name, values in alone.items():
+            assert found["trained"][name] == pytest.approx(values, abs=1e-4), name
+    for name, value in model.state_dict().items():
+        assert torch.equal(weights[name], other[name]), name
+        assert torch.allclose(weights[name].float(), value.float(), atol=1e-4), name
+
+
+def test_the_mean_over_one_process_is_the_value_without_its_gradient():
+    value = torch.tensor([1.0, 2.0], requires_grad=True)
+    assert torch.equal(process_mean(value), value) and not process_mean(value).requires_grad

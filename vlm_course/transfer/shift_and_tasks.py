@@ -5,22 +5,24 @@
 # %% auto #0
 __all__ = ['logistic_classifier', 'proxy_distance', 'adapt_batchnorm', 'check_targets', 'frequency_logits', 'Task',
            'average_precision', 'FixedWeights', 'MultiTask', 'numbered', 'multitask_loss', 'task_scores',
-           'task_gradients', 'UncertaintyWeights', 'GradNorm', 'multitask_groups']
+           'task_gradients', 'process_mean', 'UncertaintyWeights', 'GradNorm', 'multitask_groups']
 
-# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #7f045b73
+# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #df6ae04e
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..foundations.images import ImageSet
 from ..foundations.networks import Backbone, make_head
 from ..foundations.training import autocast, parameter_groups, predict
+from ..self_supervised.contrastive import process_rank
 
-# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #970130ce
+# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #f5e2b52e
 def logistic_classifier(
     features: Tensor,  # (N, D) float
     labels: Tensor,  # (N,) int64 in 0..K-1, at least two different ones
@@ -31,14 +33,15 @@ def logistic_classifier(
     """The linear classifier of least cross-entropy plus penalty / 2 * |W|^2.
 
     Equals `sklearn.linear_model.LogisticRegression(C=1 / (penalty * N))` on standardised features.
-    Raises `ValueError` for features that are not finite, fewer than two classes, or no penalty.
+    Raises `ValueError` for features that are not finite, fewer than two classes, a negative label,
+    or no penalty.
     """
     if features.ndim != 2 or labels.shape != features.shape[:1] or not features.isfinite().all():
         raise ValueError("features must be (N, D), finite, and labels (N,); got "
                          f"{tuple(features.shape)} and {tuple(labels.shape)}")
-    if len(labels.unique()) < 2 or not penalty > 0:
-        raise ValueError("labels must have two classes or more, and penalty be above 0; got "
-                         f"classes {labels.unique().tolist()} and penalty {penalty}")
+    if len(labels.unique()) < 2 or labels.min() < 0 or not penalty > 0:
+        raise ValueError("labels must have two classes or more, none below 0, and penalty be above "
+                         f"0; got classes {labels.unique().tolist()} and penalty {penalty}")
     raw = features.detach().double()
     mean, std = raw.mean(0), raw.std(0, correction=0).clamp_min(1e-6)
     Z, K = (raw - mean) / std, int(labels.max()) + 1
@@ -58,7 +61,7 @@ def logistic_classifier(
     head.bias.sub_(head.weight @ mean)
     return head.float()
 
-# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #f1b1ea77
+# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #93bdeb4a
 def proxy_distance(
     source: Tensor,  # (N, D) float features that a domain classifier is fitted on
     target: Tensor,  # (M, D) float
@@ -67,7 +70,15 @@ def proxy_distance(
     *,
     penalty: float = 1e-2,  # as in `logistic_classifier`
 ) -> float:  # 0: not told apart; 2: always; below 0: no better than guessing
-    "How well a line tells two domains apart: 2 (1 - 2 error) (Ben-David et al., 2007)."
+    """How well a line tells two domains apart: 2 (1 - 2 error) (Ben-David et al., 2007).
+
+    Raises `ValueError` unless all four are finite rows of one width, at least one of each.
+    """
+    sets = source, target, source_new, target_new
+    if {rows.shape[1:] for rows in sets} != {source.shape[-1:]} or not all(
+            len(rows) and rows.isfinite().all() for rows in sets):
+        raise ValueError("source, target, source_new and target_new must be (N, D), finite, with "
+                         f"N > 0 and one D; got {[tuple(rows.shape) for rows in sets]}")
     counts = [len(rows) for rows in (source, target)]
     domain = torch.arange(2).repeat_interleave(torch.tensor(counts))
     head = logistic_classifier(torch.cat([source, target]), domain, penalty=penalty)
@@ -76,7 +87,7 @@ def proxy_distance(
               for label, rows in enumerate((source_new, target_new))]
     return 2 * (1 - sum(errors))
 
-# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #010fb58e
+# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #4665b99b
 @torch.no_grad()
 def adapt_batchnorm(
     model: nn.Module,  # stays as it is
@@ -88,7 +99,7 @@ def adapt_batchnorm(
     """The model with its BatchNorm statistics taken from other pictures (Li et al., 2017).
 
     With `prior=0` equal to `torch.optim.swa_utils.update_bn`. Use large batches that mix classes.
-    Raises `ValueError` if there is no BatchNorm with statistics, no picture, or a negative prior.
+    `ValueError`: no BatchNorm with statistics, no picture or one not finite, a negative prior.
     """
     adapted = copy.deepcopy(model).eval()
     layers = [module for module in adapted.modules()
@@ -109,13 +120,15 @@ def adapt_batchnorm(
             count += len(images)
     if count == 0:
         raise ValueError("batches must hold at least one picture; got none")
+    if not all(layer.running_var.isfinite().all() for layer in layers):
+        raise ValueError("images in batches must be finite; their statistics are not")
     for layer, (mean, variance, momentum) in zip(layers, old, strict=True):
         layer.running_mean.lerp_(mean, prior / (prior + count))
         layer.running_var.lerp_(variance, prior / (prior + count))
         layer.momentum = momentum
     return adapted.eval()
 
-# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #7362c38a
+# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #e5557561
 def check_targets(
     targets: Tensor,  # what a caller passed as a task's targets
     count: int,  # K, the number of its classes or tags
@@ -131,7 +144,7 @@ def check_targets(
     if whole and count < 2:
         raise ValueError(f"classes of {name!r} must be two classes or more; got {count}")
     low, high, top = targets.min().item(), targets.max().item(), count - 1 if whole else 1
-    if low < 0 or high > top:
+    if not (low >= 0 and high <= top):  # nan is out of range as well
         raise ValueError(f"targets of {name!r} must be in 0..{top}; got {low:g}..{high:g}")
 
 
@@ -179,18 +192,19 @@ class Task:
             return (logits.argmax(1) == self.targets.to(logits.device)).double().mean().item()
         return average_precision(logits, self.targets.to(logits.device)).mean().item()
 
-# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #ed873727
+# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #5ebd233e
 def average_precision(
     scores: Tensor,  # (N, K) float, larger is surer
     targets: Tensor,  # (N, K), 0 or 1, at least one 1 in each column
 ) -> Tensor:  # (K,) float64 in (0, 1]
     """Average precision of each column, as `sklearn.metrics.average_precision_score` without ties.
 
-    Raises `ValueError` if shapes differ or a column has no 1.
+    Raises `ValueError` if shapes differ, a score is nan, or a column has no 1.
     """
-    if scores.shape != targets.shape or scores.ndim != 2 or not (targets.sum(0) > 0).all():
-        raise ValueError("scores and targets must be (N, K), with a 1 in each column of targets; "
-                         f"got {tuple(scores.shape)} and {tuple(targets.shape)}")
+    if scores.shape != targets.shape or scores.ndim != 2 or scores.isnan().any() or not (
+            targets.sum(0) > 0).all():
+        raise ValueError("scores and targets must be (N, K), no score nan, with a 1 in each column "
+                         f"of targets; got {tuple(scores.shape)} and {tuple(targets.shape)}")
     hits = targets.double().gather(0, scores.argsort(dim=0, descending=True, stable=True))
     ranks = torch.arange(1, len(hits) + 1, dtype=torch.float64, device=hits.device)[:, None]
     return (hits * hits.cumsum(0) / ranks).sum(0) / hits.sum(0)
@@ -207,7 +221,7 @@ class FixedWeights(nn.Module):
         "One number of (T,) losses; `shared` is not looked at."
         return (self.weights * losses).sum()
 
-# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #c7d53dd9
+# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #265f9284
 class MultiTask(nn.Module):
     "One backbone, a linear head for each task, and what balances their losses."
 
@@ -219,9 +233,9 @@ class MultiTask(nn.Module):
         balance: nn.Module | None = None,  # (T,) losses, shared weight -> one number; None: sum
     ):
         super().__init__()
-        if not tasks or len({task.name for task in tasks}) < len(tasks):
-            raise ValueError("tasks must be one or more of different names; got "
-                             f"{[task.name for task in tasks]}")
+        names = [task.name for task in tasks]
+        if not tasks or len(set(names)) < len(tasks):
+            raise ValueError(f"tasks must be one or more of different names; got {names}")
         backbone.reset_classifier(0)
         self.backbone = backbone
         self.heads = nn.ModuleDict({task.name: make_head(backbone.embed_dim, len(task.classes))
@@ -230,6 +244,8 @@ class MultiTask(nn.Module):
             for task in tasks:  # the frequencies need not be learned
                 self.heads[task.name].bias.copy_(frequency_logits(task.targets))
         self.balance = FixedWeights([1.0] * len(tasks)) if balance is None else balance
+        if (count := len(self.balance.weights)) != len(tasks):
+            raise ValueError(f"balance must have {len(tasks)} weights, one a task; got {count}")
 
     def forward(self, images: Tensor) -> Tensor:
         "Logits of all tasks side by side, (B, sum of classes)."
@@ -243,10 +259,10 @@ class MultiTask(nn.Module):
 
     @property
     def shared(self) -> nn.Parameter:
-        "The backbone's last weight matrix or kernel."
-        return [p for p in self.backbone.parameters() if p.ndim > 1][-1]
+        "The last weight matrix or kernel of the backbone's last stage or block."
+        return [p for _, part in self.backbone.parts() for p in part.parameters() if p.ndim > 1][-1]
 
-# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #9fb597de
+# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #54164e8b
 def numbered(
     data: ImageSet,
 ) -> ImageSet:
@@ -260,17 +276,21 @@ def multitask_loss(
 ) -> Callable:  # loss(model, images, rows) -> scalar and the losses and weights, for `fit`
     "The balanced loss of a `MultiTask` model on batches of a `numbered` set."
 
+    names = [task.name for task in tasks]
+
     def loss(model: MultiTask, images: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logits = model.split(model(images))
+        if list(logits) != names:
+            raise ValueError(f"tasks must be those of the heads, {list(logits)}; got {names}")
         losses = torch.stack([task.loss(logits[task.name], rows) for task in tasks])
         total = model.balance(losses, model.shared)
         weights = model.balance.weights.detach().clone()  # they change in place
-        return total, {task.name: value for task, value in zip(tasks, losses, strict=True)} | {
-            f"weight of {task.name}": value for task, value in zip(tasks, weights, strict=True)}
+        return total, dict(zip(names, losses, strict=True)) | {
+            f"weight of {name}": value for name, value in zip(names, weights, strict=True)}
 
     return loss
 
-
+# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #184906b6
 def task_scores(
     model: MultiTask,
     data: ImageSet,  # whose row i is that of the tasks' targets
@@ -279,9 +299,11 @@ def task_scores(
     batch_size: int = 512,
 ) -> dict[str, float]:  # task name -> `Task.score`
     "Each task's score on pictures, in evaluation mode."
-    wrong = [task.name for task in tasks if len(task.targets) != len(data)]
+    wrong = [task.name for task in tasks
+             if len(task.targets) != len(data) or task.name not in model.heads]
     if wrong:
-        raise ValueError(f"targets must have one row a picture, {len(data)}; {wrong} have not")
+        raise ValueError(f"tasks must have a head each, of {list(model.heads)}, and one row a "
+                         f"picture, {len(data)}; {wrong} have not")
     logits = model.split(predict(model, data.batches(batch_size, shuffle=False))[0])
     return {task.name: task.score(logits[task.name]) for task in tasks}
 
@@ -297,7 +319,20 @@ def task_gradients(
     return torch.stack([torch.cat([(torch.zeros_like(p) if g is None else g).flatten().float()
                                    for g, p in zip(row, parameters, strict=True)]) for row in rows])
 
-# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #2ee7fbae
+# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #3c0543f7
+@torch.no_grad()
+def process_mean(
+    values: Tensor,  # of this process, the same shape in every process
+) -> Tensor:  # without gradient
+    "The mean of `values` over all processes, whose shares of a batch are equal."
+    processes = process_rank()[1]
+    if processes == 1:
+        return values.detach()
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total / processes
+
+
 class UncertaintyWeights(nn.Module):
     """The sum of exp(-s) * loss + s / 2 with trained s = log sigma^2 (Kendall et al., 2018).
 
@@ -319,12 +354,12 @@ class UncertaintyWeights(nn.Module):
         "One number of (T,) losses; `shared` is not looked at."
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
-                best = (2 * losses).clamp_min(1e-6).log()
+                best = (2 * process_mean(losses)).clamp_min(1e-6).log()
                 self.log_variances.copy_(torch.where(self.started, self.log_variances, best))
                 self.started.fill_(True)
         return (self.weights * losses + self.log_variances / 2).sum()
 
-# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #4acdd22c
+# %% ../../nbs/transfer/04_shift_and_tasks.ipynb #711104b6
 class GradNorm(nn.Module):
     """The weighted sum of the losses, with weights trained so that all tasks pull alike at the last
     shared weight, and slow ones harder (Chen et al., 2018, equation 2).
@@ -352,12 +387,13 @@ class GradNorm(nn.Module):
         "One number of (T,) losses; in training the weights get their gradient."
         if not (self.training and torch.is_grad_enabled()):
             return (self.weights.detach() * losses).sum()
-        norms = task_gradients(losses, [shared]).norm(dim=1)
+        norms = process_mean(task_gradients(losses, [shared])).norm(dim=1)
         with torch.no_grad():
+            everywhere = process_mean(losses)
             fresh, equal = self.initial == 0, -norms.clamp_min(1e-12).log()
             self.log_weights.copy_(torch.where(fresh, equal, self.log_weights))
-            self.initial.copy_(torch.where(fresh, losses.clamp_min(1e-12), self.initial))
-            progress = losses / self.initial
+            self.initial.copy_(torch.where(fresh, everywhere.clamp_min(1e-12), self.initial))
+            progress = everywhere / self.initial
         pull = self.weights * norms  # eq-norms
         wanted = (pull.mean() * (progress / progress.mean()) ** self.alpha).detach()
         balance = (pull - wanted).abs().sum()
