@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LOSSES', 'KINDS', 'logistic_critic_loss', 'minimax_generator_loss', 'nonsaturating_generator_loss',
            'hinge_critic_loss', 'wasserstein_critic_loss', 'score_generator_loss', 'r1_penalty', 'gradient_penalty',
-           'frozen', 'to_unit_range', 'Adversarial', 'adversarial_loss', 'GeneratorAverage', 'check_latents',
-           'generate', 'DCGANGenerator', 'DCGANCritic', 'AdversarialRecipe', 'GANConfig', 'save_generator',
-           'load_generator']
+           'frozen', 'to_unit_range', 'Adversarial', 'adversarial_loss', 'GeneratorAverage', 'DCGANGenerator',
+           'DCGANCritic', 'check_latents', 'generate', 'save_generator', 'load_generator', 'AdversarialRecipe',
+           'leave_generator', 'GANOptions', 'GANConfig']
 
 # %% ../../nbs/generation/02_gan.ipynb #825f2f2e
 import copy
@@ -88,7 +88,7 @@ LOSSES: dict[str, tuple[Callable, Callable]] = {  # critic's (real, fake), gener
     "wasserstein": (wasserstein_critic_loss, score_generator_loss),
 }
 
-# %% ../../nbs/generation/02_gan.ipynb #36dc9bd1
+# %% ../../nbs/generation/02_gan.ipynb #5a86b0e0
 def _squared_gradient(critic: Callable, images: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
     "(B,) squared length of the critic's gradient at each picture, itself differentiable."
     with torch.autocast(images.device.type, enabled=False):
@@ -118,9 +118,10 @@ def gradient_penalty(
     if real.shape != fake.shape:
         raise ValueError(f"real and fake must have one shape; got {tuple(real.shape)} and "
                          f"{tuple(fake.shape)}")
-    share = torch.rand(len(real), *[1] * (real.ndim - 1), device=real.device)
-    between = torch.lerp(_float(fake.detach()), _float(real.detach()), share)
-    return ((_squared_gradient(critic, between, rest) + 1e-12).sqrt() - 1).square().mean()
+    real, fake = _float(real.detach()), _float(fake.detach())
+    share = torch.rand(len(real), *[1] * (real.ndim - 1), device=real.device, dtype=real.dtype)
+    lengths = (_squared_gradient(critic, torch.lerp(fake, real, share), rest) + 1e-12).sqrt()
+    return (lengths - 1).square().mean()
 
 # %% ../../nbs/generation/02_gan.ipynb #ecc27c45
 def frozen(
@@ -137,13 +138,11 @@ def to_unit_range(
     "The pictures from [-1, 1] to [0, 1]; what lies outside is clipped."
     return images.float().add(1).div(2).clamp(0, 1)
 
-# %% ../../nbs/generation/02_gan.ipynb #ec66b763
+# %% ../../nbs/generation/02_gan.ipynb #e38a71a3
 class Adversarial(nn.Module):
     """A generator, its critic, and the moving average of the generator, which is what one keeps.
 
-    `adversarial_loss` is one step of both. The critic's part sees detached fakes and the
-    generator's a frozen critic, so one backward pass gives each network its own gradient: `fit`
-    handles the pair like any model. Raises `ValueError` for arguments that do not fit together.
+    Raises `ValueError` for a loss that there is not, or a weight below 0.
     """
 
     def __init__(
@@ -158,29 +157,22 @@ class Adversarial(nn.Module):
         augment: Callable | None = None,  # images -> images: for real and fake alike, random
     ):
         super().__init__()
-        if loss not in LOSSES:
-            raise ValueError(f"loss must be one of {list(LOSSES)}; got {loss!r}")
-        if not (r1 >= 0 and gradient_penalty >= 0 and r1_every >= 1):
-            raise ValueError("r1 and gradient_penalty must be at least 0 and r1_every at least 1; "
-                             f"got {r1}, {gradient_penalty} and {r1_every}")
+        if loss not in LOSSES or not (r1 >= 0 and gradient_penalty >= 0 and r1_every >= 1):
+            raise ValueError(f"loss must be one of {list(LOSSES)}, r1 and gradient_penalty at least"
+                             f" 0; got {loss!r}, {r1} every {r1_every}, and {gradient_penalty}")
         self.generator, self.critic = generator, critic
         self.average = copy.deepcopy(generator).eval().requires_grad_(False)
         self.loss, self.r1, self.r1_every, self.augment = loss, r1, r1_every, augment
-        self.gradient_penalty = gradient_penalty
-        self.step = 0  # losses in training mode so far: on the host, and kept in checkpoints
+        self.gradient_penalty, self.step = gradient_penalty, 0  # losses so far, kept in checkpoints
 
     def train(self, mode: bool = True) -> "Adversarial":
-        "Training or evaluation mode; the average stays in the latter."
-        super().train(mode)
-        self.average.eval()
+        super().train(mode).average.eval()  # always: its BatchNorm must not see batches
         return self
 
     def get_extra_state(self) -> Tensor:
-        "The step, for `state_dict`."
         return torch.tensor(self.step)
 
     def set_extra_state(self, state: Tensor) -> None:
-        "Take the step back."
         self.step = int(state)
 
     def forward(self, latents: Tensor, *rest: Tensor) -> Tensor:
@@ -253,6 +245,86 @@ class GeneratorAverage(EMA):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         "Nothing to take back."
 
+# %% ../../nbs/generation/02_gan.ipynb #19c12b58
+def _upsample(inputs: int, outputs: int, kind: str, kernel: int) -> nn.Module:
+    "Twice the side, and other channels."
+    if kind == "resize":
+        return nn.Sequential(nn.Upsample(scale_factor=2),
+                             nn.Conv2d(inputs, outputs, 3, padding=1))
+    return nn.ConvTranspose2d(inputs, outputs, kernel, stride=2, padding=(kernel - 1) // 2,
+                              output_padding=kernel % 2)
+
+# %% ../../nbs/generation/02_gan.ipynb #02dca7de
+class DCGANGenerator(nn.Module):
+    "Latents, and labels if there are classes, to images in [-1, 1] (Radford et al., 2015)."
+
+    kind = "dcgan"  # a key of `KINDS`
+
+    def __init__(
+        self,
+        config: "GANConfig",
+        *,
+        channels: int,  # of a picture
+        num_classes: int = 0,  # 0: unconditional
+    ):
+        super().__init__()
+        self.config, self.channels, self.num_classes = config, channels, num_classes
+        self.latent_dim, self.image_size = config.latent_dim, config.size
+        extra = config.class_dim if num_classes else 0
+        self.embedding = nn.Embedding(num_classes, extra) if num_classes else None
+        widths, norm = config.widths, nn.BatchNorm2d if config.norm == "batch" else nn.Identity
+        self.first = nn.Linear(config.latent_dim + extra, widths[0] * config.base**2)
+        layers = [norm(widths[0]), nn.ReLU()]
+        for inputs, outputs in zip(widths, [*widths[1:], channels], strict=True):
+            layers.append(_upsample(inputs, outputs, config.upsample, config.kernel))
+            layers += [norm(outputs), nn.ReLU()]
+        self.layers = nn.Sequential(*layers[:-2])
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, latents: Tensor, *labels: Tensor) -> Tensor:
+        "Images (B, C, H, W) in [-1, 1]."
+        if self.embedding is not None:
+            vectors = F.normalize(self.embedding(*labels)) * self.config.class_dim**0.5
+            latents = torch.cat([latents, vectors], dim=1)  # cannot drown the latents by growing
+        maps = self.first(latents).unflatten(1, (-1, self.config.base, self.config.base))
+        return self.layers(maps).tanh()
+
+# %% ../../nbs/generation/02_gan.ipynb #ede8c9dd
+class DCGANCritic(nn.Module):
+    """Images in [-1, 1], and labels if there are classes, to logits (Radford et al., 2015).
+
+    Classes enter as a projection (Miyato and Koyama, 2018, equation 4).
+    """
+
+    def __init__(
+        self,
+        config: "GANConfig",
+        *,
+        channels: int,  # of a picture
+        num_classes: int = 0,  # 0: unconditional
+    ):
+        super().__init__()
+        bound = spectral_norm if config.critic_norm == "spectral" else nn.Identity()
+        widths, layers = [channels, *reversed(config.widths)], []
+        for i, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            layers.append(bound(nn.Conv2d(inputs, outputs, 4, stride=2, padding=1)))
+            if config.critic_norm == "batch" and i:
+                layers.append(nn.BatchNorm2d(outputs))
+            layers.append(nn.LeakyReLU(0.2))
+        self.layers, features = nn.Sequential(*layers, nn.Flatten()), widths[-1] * config.base**2
+        self.head = bound(nn.Linear(features, 1))
+        self.embedding = bound(nn.Embedding(num_classes, features)) if num_classes else None
+
+    def forward(self, images: Tensor, *labels: Tensor) -> Tensor:
+        "Logits (B,): large where the picture looks real."
+        features = self.layers(images)
+        logits = self.head(features).squeeze(1)
+        if self.embedding is not None:
+            logits = logits + (features * self.embedding(*labels)).sum(1) / features.shape[1]**0.5
+        return logits
+
 # %% ../../nbs/generation/02_gan.ipynb #da8d45cd
 def check_latents(
     generator: nn.Module,
@@ -305,195 +377,6 @@ def generate(
                     for part in parts]
     return torch.cat(pictures)
 
-# %% ../../nbs/generation/02_gan.ipynb #18737dc2
-def _upsample(inputs: int, outputs: int, kind: str, kernel: int) -> nn.Module:
-    "Twice the side, and other channels."
-    if kind == "resize":
-        return nn.Sequential(nn.Upsample(scale_factor=2),
-                             nn.Conv2d(inputs, outputs, 3, padding=1))
-    return nn.ConvTranspose2d(inputs, outputs, kernel, stride=2, padding=(kernel - 1) // 2,
-                              output_padding=kernel % 2)
-
-
-class DCGANGenerator(nn.Module):
-    "Latents, and labels if there are classes, to images in [-1, 1] (Radford et al., 2015)."
-
-    kind = "dcgan"  # a key of `KINDS`
-
-    def __init__(
-        self,
-        config: "GANConfig",
-        *,
-        channels: int,  # of a picture
-        num_classes: int = 0,  # 0: unconditional
-    ):
-        super().__init__()
-        self.config, self.channels, self.num_classes = config, channels, num_classes
-        self.latent_dim, self.image_size = config.latent_dim, config.size
-        self.side, widths = config.base, config.widths
-        self.embedding = nn.Embedding(num_classes, config.class_dim) if num_classes else None
-        inputs = config.latent_dim + (config.class_dim if num_classes else 0)
-        self.first = nn.Linear(inputs, widths[0] * self.side**2)
-        layers = [self._norm(widths[0]), nn.ReLU()]
-        for inputs, outputs in zip(widths, [*widths[1:], channels], strict=True):
-            layers.append(_upsample(inputs, outputs, config.upsample, config.kernel))
-            layers += [self._norm(outputs), nn.ReLU()]
-        self.layers = nn.Sequential(*layers[:-2])
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-                nn.init.normal_(module.weight, std=0.02)
-
-    def _norm(self, channels: int) -> nn.Module:
-        return nn.BatchNorm2d(channels) if self.config.norm == "batch" else nn.Identity()
-
-    def forward(self, latents: Tensor, *labels: Tensor) -> Tensor:
-        "Images (B, C, H, W) in [-1, 1]."
-        if self.embedding is not None:
-            vectors = F.normalize(self.embedding(*labels)) * self.config.class_dim**0.5
-            latents = torch.cat([latents, vectors], dim=1)  # cannot drown the latents by growing
-        maps = self.first(latents).unflatten(1, (-1, self.side, self.side))
-        return self.layers(maps).tanh()
-
-# %% ../../nbs/generation/02_gan.ipynb #7670841e
-class DCGANCritic(nn.Module):
-    """Images in [-1, 1], and labels if there are classes, to logits (Radford et al., 2015).
-
-    Classes enter as a projection: the features' product with a vector a class is added to the
-    logit (Miyato and Koyama, 2018).
-    """
-
-    def __init__(
-        self,
-        config: "GANConfig",
-        *,
-        channels: int,  # of a picture
-        num_classes: int = 0,  # 0: unconditional
-    ):
-        super().__init__()
-        bound = spectral_norm if config.critic_norm == "spectral" else nn.Identity()
-        widths, layers = [channels, *reversed(config.widths)], []
-        for i, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            layers.append(bound(nn.Conv2d(inputs, outputs, 4, stride=2, padding=1)))
-            if config.critic_norm == "batch" and i:
-                layers.append(nn.BatchNorm2d(outputs))
-            layers.append(nn.LeakyReLU(0.2))
-        self.layers, features = nn.Sequential(*layers, nn.Flatten()), widths[-1] * config.base**2
-        self.head = bound(nn.Linear(features, 1))
-        self.embedding = bound(nn.Embedding(num_classes, features)) if num_classes else None
-
-    def forward(self, images: Tensor, *labels: Tensor) -> Tensor:
-        "Logits (B,): large where the picture looks real."
-        features = self.layers(images)
-        logits = self.head(features).squeeze(1)
-        if self.embedding is not None:
-            logits = logits + (features * self.embedding(*labels)).sum(1) / features.shape[1]**0.5
-        return logits
-
-# %% ../../nbs/generation/02_gan.ipynb #648cdaef
-class AdversarialRecipe:
-    """How a configuration becomes a pair of networks and a run: the hooks of `train.Method`.
-
-    A configuration adds fields, and `adversarial(channels, num_classes)`.
-    """
-
-    schedule: ClassVar[str] = "constant"  # of the learning rates, as in `fit`
-
-    def network(self, options, data) -> Adversarial:
-        "A fresh pair for pictures such as `data`'s."
-        classes = len(data.classes) if self.conditional else 0
-        return self.adversarial(data.images.shape[1], classes)
-
-    def build(self, backbone: Adversarial) -> Adversarial:
-        "The pair itself."
-        return backbone
-
-    def transform(self) -> Callable | None:
-        "Random mirroring, if asked for."
-        return RandomHorizontalFlip(0.5) if self.mirror else None
-
-    def loss(self) -> Callable:
-        "`adversarial_loss`."
-        return adversarial_loss
-
-    def callbacks(self) -> list[Callback]:
-        "The moving average of the generator."
-        return [GeneratorAverage(self.average)]
-
-    def optimizer(self, model: Adversarial) -> torch.optim.Optimizer:
-        "Adam with a learning rate for each network; the average is not trained."
-        groups = [{"params": list(model.generator.parameters()), "lr": self.lr},
-                  {"params": list(model.critic.parameters()), "lr": self.critic_lr}]
-        return torch.optim.Adam(groups, betas=(self.beta1, self.beta2), fused=True)
-
-    def finish(self, model: Adversarial, options, data, test, text: str) -> dict:
-        "Leave `generator.safetensors` and a sheet of samples, `samples.png`, in the run's folder."
-        classes = data.classes if model.generator.num_classes else ()
-        save_generator(model.average, options.out / "generator.safetensors", classes=classes)
-        pictures = generate(model.average, 8 * max(8, len(classes)), seed=0)
-        show_images(pictures, columns=max(8, len(classes))).savefig(options.out / "samples.png")
-        return {"classes": list(classes)}
-
-# %% ../../nbs/generation/02_gan.ipynb #72342013
-@dataclass(frozen=True, kw_only=True)
-class GANConfig(AdversarialRecipe):
-    "A DCGAN and how it is trained."
-
-    size: int = 64  # side of the pictures in pixels: a power of two in 16..256, or 28
-    batch_size: int = 64  # pictures in a step, over all processes
-    epochs: float = 100  # passes over the training pictures
-    lr: float = 5e-4  # rate of the generator's Adam
-    critic_lr: float = 5e-4  # rate of the critic's Adam
-    weight_decay: float = 0.0  # must stay 0: Adam is used without
-    beta1: float = 0.0  # decay of Adam's mean of gradients
-    beta2: float = 0.99  # decay of Adam's mean of their squares
-    latent_dim: int = 64  # numbers that a picture is made from
-    class_dim: int = 8  # numbers that tell the generator the class
-    width: int = 32  # channels at half the full size; twice as many at half of that
-    norm: str = "batch"  # of the generator: batch or none
-    critic_norm: str = "none"  # of the critic: none, spectral or batch
-    upsample: str = "transposed"  # transposed convolution, or resize and an ordinary one
-    kernel: int = 4  # side of the transposed convolutions' kernels
-    objective: str = "nonsaturating"  # minimax, nonsaturating, hinge or wasserstein
-    r1: float = 1.0  # gamma of the R1 penalty
-    r1_every: int = 4  # steps between two R1 penalties
-    gradient_penalty: float = 0.0  # weight of the penalty of WGAN-GP, usually 10
-    average: float = 0.999  # decay of the generator's moving average
-    conditional: bool = True  # whether the networks are told the classes
-    mirror: bool = False  # whether pictures are mirrored at random
-
-    def __post_init__(self):
-        choices = {"norm": ("batch", "none"), "critic_norm": ("none", "spectral", "batch"),
-                   "upsample": ("transposed", "resize"), "objective": tuple(LOSSES)}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}; got {getattr(self, name)!r}")
-        if self.size not in (28, 16, 32, 64, 128, 256):
-            raise ValueError(f"size must be a power of two in 16..256, or 28; got {self.size}")
-        if self.weight_decay:
-            raise ValueError(f"weight_decay must be 0 for this method; got {self.weight_decay}")
-
-    @property
-    def base(self) -> int:
-        "Side of the coarsest maps."
-        return 7 if self.size == 28 else 4
-
-    @property
-    def widths(self) -> list[int]:
-        "Channels from the coarsest maps, of side `base`, to those of half the full size."
-        doublings = round(math.log2(self.size / self.base))
-        return [self.width * 2 ** min(i, 3) for i in reversed(range(doublings))]
-
-    def make_generator(self, channels: int, num_classes: int = 0) -> DCGANGenerator:
-        "A fresh generator."
-        return DCGANGenerator(self, channels=channels, num_classes=num_classes)
-
-    def adversarial(self, channels: int, num_classes: int = 0) -> Adversarial:
-        "A fresh generator, critic and average."
-        critic = DCGANCritic(self, channels=channels, num_classes=num_classes)
-        return Adversarial(self.make_generator(channels, num_classes), critic,
-                           loss=self.objective, r1=self.r1, r1_every=self.r1_every,
-                           gradient_penalty=self.gradient_penalty)
-
 # %% ../../nbs/generation/02_gan.ipynb #bfbbf7c0
 KINDS = {  # name -> module:configuration, which has `make_generator(channels, num_classes)`
     "dcgan": "vlm_course.generation.gan:GANConfig",
@@ -543,3 +426,120 @@ def load_generator(
                          f"{error!r}") from error
     generator.classes = classes
     return load_weights(generator, path).eval()
+
+# %% ../../nbs/generation/02_gan.ipynb #52151232
+class AdversarialRecipe:
+    "How a configuration with `adversarial(channels, num_classes)` becomes a run of `train`."
+
+    schedule: ClassVar[str] = "constant"  # of the learning rates, as in `fit`
+
+    def network(self, options, data) -> Adversarial:
+        "A fresh pair for pictures such as `data`'s."
+        classes = len(data.classes) if self.conditional else 0
+        return self.adversarial(data.images.shape[1], classes)
+
+    def build(self, backbone: Adversarial) -> Adversarial:
+        "The pair itself."
+        return backbone
+
+    def transform(self) -> Callable | None:
+        "Random mirroring, if asked for."
+        return RandomHorizontalFlip(0.5) if self.mirror else None
+
+    def loss(self) -> Callable:
+        "`adversarial_loss`."
+        return adversarial_loss
+
+    def callbacks(self) -> list[Callback]:
+        "The moving average of the generator."
+        return [GeneratorAverage(self.average)]
+
+    def optimizer(self, model: Adversarial) -> torch.optim.Optimizer:
+        "Adam with a learning rate for each network; the average is not trained."
+        groups = [{"params": list(model.generator.parameters()), "lr": self.lr},
+                  {"params": list(model.critic.parameters()), "lr": self.critic_lr}]
+        return torch.optim.Adam(groups, betas=(self.beta1, self.beta2), fused=True)
+
+    def finish(self, model: Adversarial, options, data, test, text: str) -> dict:
+        "Leave `generator.safetensors` and a sheet of samples in the run's folder."
+        return leave_generator(model, options.out, data.classes)
+
+# %% ../../nbs/generation/02_gan.ipynb #bd11de0e
+def leave_generator(
+    model: Adversarial,
+    folder: Path,  # of the run
+    classes: Sequence[str],  # of the data
+) -> dict:  # what goes into `results.json`
+    "Write `generator.safetensors` and `samples.png`, a sheet with a column a class."
+    classes = list(classes) if model.generator.num_classes else []
+    save_generator(model.average, folder / "generator.safetensors", classes=classes)
+    columns = len(classes) if len(classes) >= 6 else 8
+    pictures = generate(model.average, 8 * columns, seed=0)
+    show_images(pictures, columns=columns).savefig(folder / "samples.png")
+    return {"classes": classes}
+
+# %% ../../nbs/generation/02_gan.ipynb #67e0f100
+@dataclass(frozen=True, kw_only=True)
+class GANOptions(AdversarialRecipe):
+    "The flags of a DCGAN and of its training."
+
+    size: int = 64  # side of the pictures in pixels: a power of two in 16..256, or 28
+    batch_size: int = 64  # pictures in a step, over all processes
+    epochs: float = 100  # passes over the training pictures
+    lr: float = 5e-4  # rate of the generator's Adam
+    critic_lr: float = 5e-4  # rate of the critic's Adam
+    weight_decay: float = 0.0  # must stay 0: Adam is used without
+    beta1: float = 0.0  # decay of Adam's mean of gradients
+    beta2: float = 0.99  # decay of Adam's mean of their squares
+    latent_dim: int = 64  # numbers that a picture is made from
+    class_dim: int = 8  # numbers that tell the generator the class
+    width: int = 32  # channels at half the full size; twice as many at half of that
+    norm: str = "batch"  # of the generator: batch or none
+    critic_norm: str = "none"  # of the critic: none, spectral or batch
+    upsample: str = "transposed"  # transposed convolution, or resize and an ordinary one
+    kernel: int = 4  # side of the transposed convolutions' kernels
+    objective: str = "nonsaturating"  # minimax, nonsaturating, hinge or wasserstein
+    r1: float = 1.0  # gamma of the R1 penalty
+    r1_every: int = 4  # steps between two R1 penalties
+    gradient_penalty: float = 0.0  # weight of the penalty of WGAN-GP, usually 10
+    average: float = 0.999  # decay of the generator's moving average
+    conditional: bool = True  # whether the networks are told the classes
+    mirror: bool = False  # whether pictures are mirrored at random
+
+# %% ../../nbs/generation/02_gan.ipynb #ac97abac
+@dataclass(frozen=True, kw_only=True)
+class GANConfig(GANOptions):
+    "A DCGAN and how it is trained; refuses, with a `ValueError`, what cannot be built."
+
+    def __post_init__(self):
+        choices = {"norm": ("batch", "none"), "critic_norm": ("none", "spectral", "batch"),
+                   "upsample": ("transposed", "resize"), "objective": tuple(LOSSES)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}; got {getattr(self, name)!r}")
+        if self.size not in (28, 16, 32, 64, 128, 256):
+            raise ValueError(f"size must be a power of two in 16..256, or 28; got {self.size}")
+        if self.weight_decay:
+            raise ValueError(f"weight_decay must be 0 for this method; got {self.weight_decay}")
+
+    @property
+    def base(self) -> int:
+        "Side of the coarsest maps."
+        return 7 if self.size == 28 else 4
+
+    @property
+    def widths(self) -> list[int]:
+        "Channels from the coarsest maps, of side `base`, to those of half the full size."
+        doublings = round(math.log2(self.size / self.base))
+        return [self.width * 2 ** min(i, 3) for i in reversed(range(doublings))]
+
+    def make_generator(self, channels: int, num_classes: int = 0) -> DCGANGenerator:
+        "A fresh generator."
+        return DCGANGenerator(self, channels=channels, num_classes=num_classes)
+
+    def adversarial(self, channels: int, num_classes: int = 0) -> Adversarial:
+        "A fresh generator, critic and average."
+        critic = DCGANCritic(self, channels=channels, num_classes=num_classes)
+        return Adversarial(self.make_generator(channels, num_classes), critic,
+                           loss=self.objective, r1=self.r1, r1_every=self.r1_every,
+                           gradient_penalty=self.gradient_penalty)

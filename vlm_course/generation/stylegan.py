@@ -9,7 +9,7 @@ __all__ = ['FILTER', 'EqualLinear', 'normalize_second_moment', 'MappingNetwork',
            'StyleGAN', 'path_penalty', 'stylegan_loss', 'StyleGANRecipe', 'StyleGANConfig', 'project',
            'principal_directions']
 
-# %% ../../nbs/generation/03_stylegan.ipynb #a31e1320
+# %% ../../nbs/generation/03_stylegan.ipynb #d13d9a20
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from vlm_course.generation.gan import (
     r1_penalty,
 )
 
-# %% ../../nbs/generation/03_stylegan.ipynb #0a8ad0e6
+# %% ../../nbs/generation/03_stylegan.ipynb #35544d94
 class EqualLinear(nn.Linear):
     "A linear layer; its weights have unit variance and are scaled when used (Karras et al., 2018)."
 
@@ -51,7 +51,7 @@ class EqualLinear(nn.Linear):
         "(..., in_features) to (..., out_features)."
         return F.linear(x, self.weight * self.scale, self.bias * self.lr_multiplier)
 
-# %% ../../nbs/generation/03_stylegan.ipynb #336084f0
+# %% ../../nbs/generation/03_stylegan.ipynb #6672303a
 def normalize_second_moment(
     x: Tensor,  # (B, D)
 ) -> Tensor:  # (B, D)
@@ -65,15 +65,15 @@ class MappingNetwork(nn.Module):
     def __init__(self, latent_dim: int, style_dim: int, *,
                  depth: int,  # layers
                  num_classes: int = 0,  # 0: unconditional
+                 class_dim: int = 8,  # numbers that tell the class
                  lr_multiplier: float = 0.01):
         super().__init__()
         self.latent_dim, self.style_dim, self.num_classes = latent_dim, style_dim, num_classes
         if num_classes:
-            self.embedding = nn.Parameter(torch.randn(num_classes, latent_dim))
-        sides = [latent_dim * (2 if num_classes else 1), *[style_dim] * depth]
-        self.layers = nn.ModuleList(
-            EqualLinear(a, b, gain=math.sqrt(2), lr_multiplier=lr_multiplier)
-            for a, b in zip(sides, sides[1:]))
+            self.embedding = nn.Parameter(torch.randn(num_classes, class_dim))
+        sides = [latent_dim + (class_dim if num_classes else 0), *[style_dim] * depth]
+        self.layers = nn.ModuleList(EqualLinear(
+            a, b, gain=math.sqrt(2), lr_multiplier=lr_multiplier) for a, b in zip(sides, sides[1:]))
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         "Styles w (B, style_dim) of latents z (B, latent_dim)."
@@ -92,7 +92,7 @@ class MappingNetwork(nn.Module):
         return torch.cat([self(z, z.new_full((count,), k, dtype=torch.long)).mean(0, keepdim=True)
                           for k in range(max(1, self.num_classes))])
 
-# %% ../../nbs/generation/03_stylegan.ipynb #7dda4fec
+# %% ../../nbs/generation/03_stylegan.ipynb #62ca715b
 FILTER = (1.0, 3.0, 3.0, 1.0)  # binomial: the low-pass filter of StyleGAN2
 
 
@@ -132,7 +132,7 @@ def upfirdn2d(
     x = _Filter.apply(x, kernel.to(x.dtype), pad)
     return x[:, :, ::down, ::down] if down > 1 else x
 
-# %% ../../nbs/generation/03_stylegan.ipynb #19d27e2a
+# %% ../../nbs/generation/03_stylegan.ipynb #4e5ae6af
 def demodulation(
     weight: Tensor,  # (O, I, k, k)
     style: Tensor,  # (B, I)
@@ -163,7 +163,7 @@ def modulated_conv2d(
         y = y * (gain * demodulation(weight, style)).to(y.dtype)[:, :, None, None]
     return y
 
-# %% ../../nbs/generation/03_stylegan.ipynb #2a6186b7
+# %% ../../nbs/generation/03_stylegan.ipynb #9a387bbd
 class StyledConv(nn.Module):
     "Modulated convolution, noise, bias and leaky ReLU: one layer of the synthesis network."
 
@@ -203,7 +203,7 @@ class ToRGB(nn.Module):
         y = modulated_conv2d(x, self.weight * self.scale, self.affine(style), demodulate=False)
         return y.float() + self.bias[:, None, None]
 
-# %% ../../nbs/generation/03_stylegan.ipynb #2f9c56df
+# %% ../../nbs/generation/03_stylegan.ipynb #1dc9af92
 class Synthesis(nn.Module):
     "The skip generator: each resolution adds its pixels to the enlarged ones of the last."
 
@@ -228,7 +228,7 @@ class Synthesis(nn.Module):
             images = images + to_rgb(x, styles[:, 2 * i + 3])
         return images
 
-# %% ../../nbs/generation/03_stylegan.ipynb #5505a3b4
+# %% ../../nbs/generation/03_stylegan.ipynb #790ca1a0
 class StyleGenerator(nn.Module):
     "Mapping and synthesis: latents (B, latent_dim) to images (B, channels, S, S) in -1 .. 1."
 
@@ -238,7 +238,7 @@ class StyleGenerator(nn.Module):
         super().__init__()
         c, self.config, self.channels, self.num_classes = config, config, channels, num_classes
         self.mapping = MappingNetwork(c.latent_dim, c.style_dim, depth=c.mapping_depth,
-                                      num_classes=num_classes)
+                                      num_classes=num_classes, class_dim=c.class_dim)
         self.synthesis = Synthesis(channels, c.style_dim, widths=c.widths(c.width))
         self.latent_dim, self.image_size = c.latent_dim, c.size
         self.num_layers = self.synthesis.num_layers
@@ -267,7 +267,7 @@ class StyleGenerator(nn.Module):
             style = torch.lerp(mean if labels is None else mean[labels], style, truncation)
         return style[:, None].expand(-1, self.num_layers, -1)
 
-# %% ../../nbs/generation/03_stylegan.ipynb #f153548d
+# %% ../../nbs/generation/03_stylegan.ipynb #51bafb75
 class EqualConv2d(nn.Conv2d):
     "A convolution that keeps the side, or halves it behind `FILTER`; weights as in `EqualLinear`."
 
@@ -300,7 +300,7 @@ def minibatch_deviation(
     channel = deviation.repeat(group)[:, None, None, None].expand(-1, 1, H, W)
     return torch.cat([x, channel.to(x.dtype)], dim=1)
 
-# %% ../../nbs/generation/03_stylegan.ipynb #4824fc71
+# %% ../../nbs/generation/03_stylegan.ipynb #5df68292
 class ResidualBlock(nn.Module):
     "Two convolutions that halve the side, beside a 1 x 1 convolution that does."
 
@@ -341,7 +341,7 @@ class StyleCritic(nn.Module):
             return x.squeeze(1)
         return (x * normalize_second_moment(self.embedding)[labels]).sum(1) / math.sqrt(x.shape[1])
 
-# %% ../../nbs/generation/03_stylegan.ipynb #5c87061a
+# %% ../../nbs/generation/03_stylegan.ipynb #21c96ab5
 def path_lengths(
     images: Tensor,  # (B, C, H, W), made from styles
     styles: Tensor,  # (B, L, D)
@@ -363,7 +363,7 @@ def mix_styles(
     before = layer < torch.as_tensor(crossover, device=coarse.device).reshape(-1, 1)
     return torch.where(before[..., None], coarse, fine)
 
-# %% ../../nbs/generation/03_stylegan.ipynb #c6375905
+# %% ../../nbs/generation/03_stylegan.ipynb #365c9109
 def _matrices(rows: Sequence[Sequence]) -> Tensor:
     "Rows of numbers and tensors (B,) as matrices (B, n, n)."
     like = next(v for row in rows for v in row if torch.is_tensor(v))
@@ -397,7 +397,7 @@ def random_geometry(
     size = _matrices([[flip * zoom * stretch, 0, shift_x], [0, zoom / stretch, shift_y], [0, 0, 1]])
     return _turn(before) @ size @ _turn(after + quarter)
 
-# %% ../../nbs/generation/03_stylegan.ipynb #d91c712f
+# %% ../../nbs/generation/03_stylegan.ipynb #c23ca1d3
 def random_colour(count: int, p: Tensor) -> Tensor:  # (count, 3, 4): matrix and offset
     "Brightness, contrast, inverted luminance, hue and saturation, each by chance."
     def chance(value: Tensor, rest: float) -> Tensor:
@@ -415,7 +415,7 @@ def random_colour(count: int, p: Tensor) -> Tensor:  # (count, 3, 4): matrix and
     matrix = saturation @ hue @ (eye - 2 * flip * grey) * contrast
     return torch.cat([matrix, matrix @ offset / contrast], dim=2)
 
-# %% ../../nbs/generation/03_stylegan.ipynb #c958ec74
+# %% ../../nbs/generation/03_stylegan.ipynb #2ee345e1
 class AdaptiveAugment(nn.Module):
     """The same kind of random change for real and fake pictures, as often as the critic needs.
 
@@ -456,7 +456,7 @@ class AdaptiveAugment(nn.Module):
         self.p.add_((self.sign - self.target).sign() * (len(logits) / self.images))
         self.p.clamp_(0, self.limit)
 
-# %% ../../nbs/generation/03_stylegan.ipynb #b2f6eca1
+# %% ../../nbs/generation/03_stylegan.ipynb #e5e65ae0
 class StyleGAN(Adversarial):
     "Generator, critic, the generator's average, augmentation, and the counters of lazy penalties."
 
@@ -465,7 +465,7 @@ class StyleGAN(Adversarial):
         generator: StyleGenerator,
         critic: StyleCritic,
         *,
-        r1: float = 0.1,  # gamma of the critic's penalty
+        r1: float = 1.0,  # gamma of the critic's penalty
         r1_every: int = 16,  # steps
         path: float = 2.0,  # weight of the path-length penalty; 0: none
         path_every: int = 8,  # steps
@@ -486,7 +486,7 @@ class StyleGAN(Adversarial):
         keep = torch.rand(B, device=labels.device) >= self.mixing
         return mix_styles(own[:B], own[B:], cut.masked_fill(keep, g.num_layers))
 
-# %% ../../nbs/generation/03_stylegan.ipynb #f5c8bb8f
+# %% ../../nbs/generation/03_stylegan.ipynb #1b06d713
 def path_penalty(model: StyleGAN, labels: Tensor) -> Tensor:
     "Mean squared distance of path lengths from their moving average, which it moves; float32."
     with torch.autocast(labels.device.type, enabled=False):
@@ -498,7 +498,7 @@ def path_penalty(model: StyleGAN, labels: Tensor) -> Tensor:
             model.path_mean.copy_(mean)
         return (lengths - mean).square().mean()
 
-# %% ../../nbs/generation/03_stylegan.ipynb #5734c798
+# %% ../../nbs/generation/03_stylegan.ipynb #ae46aa48
 def stylegan_loss(
     model: StyleGAN,
     images: Tensor,  # (B, C, S, S) float in [0, 1]
@@ -534,7 +534,7 @@ def stylegan_loss(
             model.augment.update(real_logits)
     return total, metrics
 
-# %% ../../nbs/generation/03_stylegan.ipynb #08d9dbbd
+# %% ../../nbs/generation/03_stylegan.ipynb #e861c185
 class StyleGANRecipe(AdversarialRecipe):
     "What follows from the fields of `StyleGANConfig`."
 
@@ -562,7 +562,7 @@ class StyleGANRecipe(AdversarialRecipe):
         "`stylegan_loss`."
         return stylegan_loss
 
-# %% ../../nbs/generation/03_stylegan.ipynb #1b649e3c
+# %% ../../nbs/generation/03_stylegan.ipynb #6aef6c19
 @dataclass(frozen=True, kw_only=True)
 class StyleGANConfig(StyleGANRecipe):
     "A style-based generator for small data (Karras et al., 2020), and how it is trained."
@@ -576,12 +576,13 @@ class StyleGANConfig(StyleGANRecipe):
     beta1: float = 0.0  # decay of Adam's mean of gradients
     beta2: float = 0.99  # decay of Adam's mean of their squares
     latent_dim: int = 128  # numbers that a picture is made from
+    class_dim: int = 8  # numbers that tell the mapping the class, far fewer than a latent has
     style_dim: int = 128  # numbers in a style
     mapping_depth: int = 4  # layers from latent to style
     width: int = 32  # generator's channels at full size, twice as many at half of it, and so on
     critic_width: int = 16  # the critic's, likewise
     max_width: int = 128  # but no more than these
-    r1: float = 0.1  # gamma of the R1 penalty
+    r1: float = 1.0  # gamma of the R1 penalty
     r1_every: int = 16  # steps between two R1 penalties
     path: float = 2.0  # weight of the path-length penalty; 0: none
     path_every: int = 8  # steps between two path-length penalties
@@ -598,7 +599,7 @@ class StyleGANConfig(StyleGANRecipe):
         if self.weight_decay:
             raise ValueError(f"weight_decay must be 0 for this method; got {self.weight_decay}")
 
-# %% ../../nbs/generation/03_stylegan.ipynb #1509129b
+# %% ../../nbs/generation/03_stylegan.ipynb #07146f31
 def project(
     generator: StyleGenerator,  # not changed
     images: Tensor,  # (B, C, S, S) float in [0, 1]
@@ -628,7 +629,7 @@ def project(
             adam.step()
     return styles.detach()
 
-# %% ../../nbs/generation/03_stylegan.ipynb #be9d0a4a
+# %% ../../nbs/generation/03_stylegan.ipynb #ec6d41e8
 @torch.no_grad()
 def principal_directions(
     generator: StyleGenerator,
