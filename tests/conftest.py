@@ -1,7 +1,9 @@
-"""What several test files share: notebooks written on the spot, sums in one order."""
+"""What several test files share: notebooks written on the spot, the site, sums in one order."""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,28 @@ def make_notebook(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> Path:
+    """The site, rendered once for all workers, or the one that COURSE_SITE names."""
+    from tools import site
+
+    if "COURSE_SITE" in os.environ:
+        return Path(os.environ["COURSE_SITE"]).resolve()
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "rendered"
+    try:
+        shared.mkdir()
+    except FileExistsError:  # another worker renders it
+        limit = time.monotonic() + 240
+        while not (shared / "done").exists():
+            assert time.monotonic() < limit, "the worker that renders the site failed or hangs"
+            time.sleep(0.2)
+    else:
+        site.build_site(shared / "_site", folder=shared / "_proc")
+        (shared / "done").touch()
+    return shared / "_site"
 
 
 @pytest.fixture
