@@ -12,7 +12,8 @@ from urllib.parse import unquote
 import pytest
 from bs4 import BeautifulSoup
 
-from tools import citations, notebooks, showdoc, site
+from tools import citations, figures, finish, notebooks, showdoc, site
+from tools import pages as made
 
 if importlib.util.find_spec("smalldocs") is None:
     pytest.skip("smalldocs needs Python 3.11 or newer", allow_module_level=True)
@@ -22,19 +23,14 @@ EXPORTING = [path for path in NOTEBOOKS if notebooks.default_exports(notebooks.r
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
-    """The site, rendered once, without Quarto."""
-    folder = tmp_path_factory.mktemp("site")
-    return site.build_site(folder / "_site", folder=folder / "_proc", quarto=False)
-
-
-@pytest.fixture(scope="module")
 def pages(built) -> dict[str, BeautifulSoup]:
     """Every page by its path from the site's root."""
-    found = built.rglob("*.html")
+    moved = site.redirects()
+    names = [path.relative_to(built).as_posix() for path in built.rglob("*.html")]
     return {
-        path.relative_to(built).as_posix(): BeautifulSoup(path.read_text("utf-8"), "html.parser")
-        for path in found
+        name: BeautifulSoup((built / name).read_text("utf-8"), "lxml")
+        for name in names
+        if name not in moved
     }
 
 
@@ -59,13 +55,38 @@ def definitions(module) -> list[str]:
     return names
 
 
-def test_each_notebook_has_a_page(pages):
-    assert set(pages) == {site.page_path(path).as_posix() for path in NOTEBOOKS}
+def test_each_notebook_and_module_has_a_page(pages):
+    chapters = {site.page_path(path).as_posix() for path in NOTEBOOKS}
+    modules = {f"reference/{made.short(module)}.html" for module, _ in site.modules()}
+    assert set(pages) == chapters | modules | {"reference/index.html", "bibliography.html"}
+    assert len(modules) == len(EXPORTING)
 
 
-def test_sidebar_leads_to_every_page(pages):
+def test_sidebars_lead_to_every_page(pages):
     """A new part folder wants a section in _quarto.yml."""
-    assert set(pages) <= hrefs(pages["index.html"].find(id="quarto-sidebar"))
+    course = hrefs(pages["index.html"].find(id="quarto-sidebar"))
+    library = hrefs(pages["reference/index.html"].find(id="quarto-sidebar"))
+    assert {name for name in pages if not name.startswith("reference/")} <= course
+    reference = {name for name in pages if name.startswith("reference/")}
+    assert {name.removeprefix("reference/") for name in reference} <= library
+
+
+@pytest.mark.parametrize("path", EXPORTING, ids=notebooks.relative)
+def test_reference_describes_every_symbol(path, pages):
+    """Signature, arguments, source, and the chapter that grows it; constants in a table."""
+    module = site.module_of_page(path)
+    page = pages[f"reference/{made.short(module)}.html"].find("main")
+    shown = {re.sub(r"\s", "", block.get_text()) for block in page.find_all("pre")}
+    links = hrefs(page)
+    for name in module.__all__:
+        assert len(page.find_all(id=showdoc.anchor(name))) == 1, name
+        if not showdoc.documented(module, name):
+            continue
+        symbol = getattr(module, name)
+        assert re.sub(r"\s", "", showdoc.signature_text(name, symbol)) in shown, name
+        assert re.sub(r"\s", "", inspect.getsource(symbol)) in shown, name
+        here = f"reference/{made.short(module)}.html"
+        assert f"{site.way(Path(here), site.page_path(path))}#{showdoc.anchor(name)}" in links, name
 
 
 @pytest.mark.parametrize("path", EXPORTING, ids=notebooks.relative)
@@ -111,9 +132,7 @@ def test_names_in_backticks_lead_to_their_definitions(path, pages):
         for name in re.findall(r"(?<![\[`])`(\w[\w.]*)(?:\(\))?`(?!\])", prose):
             if name not in lookup:
                 continue
-            target, _, fragment = lookup[name][0].partition("#")
-            here = target == site.page_path(path).name
-            ends = f"#{fragment}" if here else f"{target}#{fragment}"
+            ends = lookup[name][0]
             found = [href for text, href in links if text.rstrip("()") == name]
             assert any(href.endswith(ends) for href in found), (
                 f"`{name}` leads to {found}, not {ends}"
@@ -154,6 +173,110 @@ def test_citations_and_equations_are_resolved(pages):
             block.decompose()
         text = main.get_text()
         assert not re.search(r"\[@\w|@eq-|\{#eq-", text), name
+
+
+def test_bibliography_has_every_work_that_is_cited(pages):
+    ids = {tag["id"] for tag in pages["bibliography.html"].find_all(id=True)}
+    cited = set().union(*(made.citing(path) for path in NOTEBOOKS))
+    cited &= set(notebooks.bibliography_keys())
+    assert cited and {f"ref-{key}" for key in cited} <= ids
+
+
+def test_figures_with_a_caption_are_numbered_and_have_files(built, pages):
+    found = 0
+    for name, page in pages.items():
+        captions = [tag.get_text() for tag in page.select("main figcaption")]
+        numbers = [int(n) for text in captions for n in re.findall(r"^Figure (\d+): ", text)]
+        assert numbers == list(range(1, len(numbers) + 1)), name
+        found += len(numbers)
+        for image in page.select('main figure img[src*="figures/"]'):
+            assert image["alt"] and int(image["width"]) and int(image["height"]), name
+            assert (built / name).parent.joinpath(image["src"]).is_file(), name
+    assert found > 10
+
+
+def test_a_figure_can_be_referred_to(tmp_path):
+    text = "See @fig-one, `@fig-one` and @fig-two."
+    (text,) = citations.resolve([text], tmp_path / "no.bib", {"fig-one": 3})
+    assert text == "See [Figure 3](#fig-one), `@fig-one` and @fig-two."
+
+
+def test_formulas_of_two_lines_become_one():
+    text = "Let $a +\nb$ be\nfree. \\$5\n\n```\n$x\n```\n\n$$\nx\n$$ {#eq-x}"
+    assert site.join_formulas(text) == text.replace("+\nb", "+ b")
+
+
+def test_list_of_captions_gives_each_picture_its_own(tmp_path):
+    svg = '<svg width="72pt" height="36pt"></svg>'
+    outputs = [{"data": {"image/svg+xml": svg}}, {"data": {"image/svg+xml": svg + " "}}]
+    source = '#| fig-alt: ["one", "two"]\n#| fig-cap: ["A", "B & C"]\nplot()'
+    cell = notebooks.nbformat.from_dict({"cell_type": "code", "source": source, "outputs": outputs})
+    figures.mark(cell)
+    assert cell.source.startswith("#| code-fold: show\n#| fig-alt")  # two pictures have no number
+    assert figures.to_files([cell], tmp_path, "../") == {}
+    first, second = (output["data"]["text/html"] for output in cell.outputs)
+    assert 'alt="one" width="96" height="48"' in first and "<figcaption>A<" in first
+    assert 'alt="two"' in second and "B &amp; C" in second and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "flag", "source", "colab"),
+    [
+        ("github.com/ada/course", "True", "blob", "github/ada/course/blob/main/nbs/a.ipynb"),
+        ("github.com/ada/course", "False", "", ""),
+        ("gitlab.com/ada/course", "True", "-/blob", ""),
+        ("git.example.org/ada/course", "True", "", ""),
+    ],
+)
+def test_source_and_colab_only_where_readers_can_go(url, flag, source, colab):
+    values = {"git_url": f"https://{url}", "published": flag, "branch": "main"}
+    there = f"https://{url}/{source}/main/nbs/a.ipynb" if source else ""
+    assert finish.source_url(values, "nbs/a.ipynb") == there
+    opened = f"https://colab.research.google.com/{colab}" if colab else ""
+    assert finish.colab_url(values, "nbs/a.ipynb") == opened
+
+
+@pytest.mark.parametrize("flag", ["True", "False"])
+def test_page_offers_colab_where_it_is_published(tmp_path, monkeypatch, flag):
+    values = {**notebooks.settings(), "git_url": "https://github.com/ada/course", "published": flag}
+    monkeypatch.setattr(finish, "settings", lambda: values)
+    text = "<html><head><title>T</title></head><body><main><p>中文 text</p></main></body></html>"
+    (tmp_path / "index.html").write_text(text, "utf-8")
+    finish.finish(tmp_path, {"index.html": NOTEBOOKS[0]}, {})
+    page = (tmp_path / "index.html").read_text("utf-8")
+    assert ("colab.research.google.com" in page) == (flag == "True")
+    assert ("github.com/ada/course/blob/main/nbs/index.ipynb" in page) == (flag == "True")
+    assert '<span lang="zh">中文</span> text' in page
+    assert (tmp_path / "notebooks" / "index.ipynb").read_bytes() == NOTEBOOKS[0].read_bytes()
+
+
+def test_what_other_hosts_serve_is_dropped(tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(
+        '<html><head><title>T</title><script src="https://cdn.example.org/katex.js"></script>'
+        '<link rel="stylesheet" href="//cdn.example.org/a.css"><script>katex.render("x")</script>'
+        '</head><body><main><h1>T</h1><span class="math inline">\\(x^2\\)</span></main></body>'
+    )
+    finish.finish_page(path, tmp_path, "", notebooks.settings())
+    text = path.read_text()
+    assert "example.org" not in text and "katex.render" not in text
+    assert '<span class="math inline">x^2</span>' in text and "assets/katex/katex.min.js" in text
+
+
+def test_redirect_must_lead_from_nothing_to_something(tmp_path):
+    with pytest.raises(SystemExit, match="redirect old.html -> gone.html"):
+        finish.finish(tmp_path, {}, {"old.html": "gone.html"})
+
+
+def test_vendored_files_have_their_licence_and_sum():
+    text = (notebooks.ROOT / "nbs" / "assets" / "README.md").read_text("utf-8")
+    for folder in (
+        notebooks.ROOT / "nbs/assets/katex",
+        notebooks.ROOT / "nbs/assets/fonts",
+        notebooks.ROOT / "tests/assets/axe-core",
+    ):
+        assert (folder / "LICENSE").is_file() and f"{folder.name}/" in text
+    assert len(re.findall(r"`[0-9a-f]{64}`", text)) == 3
 
 
 def test_references_are_listed_once_and_by_name(tmp_path):

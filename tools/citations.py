@@ -1,13 +1,14 @@
-"""Citations and numbered equations for a renderer that knows neither (Quarto knows both).
+"""Citations and numbers for a renderer that knows neither (Quarto knows both).
 
 `[@key]` becomes a link to an entry of a list of references, `$$...$$ {#eq-name}` gets a number, and
-`@eq-name` a link to it. Code and formulas stay as they are.
+`@eq-name` a link to it, as `@fig-name` to a figure. Code and formulas stay as they are.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 
 from pybtex.database import BibliographyData, Entry, parse_file
@@ -17,7 +18,8 @@ from tools.notebooks import CITATION, KEY, PROTECTED
 
 EQUATION = re.compile(r"\$\$((?:(?!\$\$).)+)\$\$[ \t]*\{#(eq-[\w-]+)\}", re.DOTALL)
 BRACKET = re.compile(rf"\[((?:[^\[\]@]*@{KEY}[^\[\]]*))\](?!\()")
-EQUATION_USE = re.compile(r"(?<![\w\\])@(eq-[\w-]*\w)")
+USE = re.compile(r"(?<![\w\\])@((eq|fig)-[\w-]*\w)")
+URL = re.compile(r"\\url ?(https?://[^\s,]*[^\s,.])")
 REFERENCES = re.compile(r"^::: *\{#refs\}\s*:::", re.MULTILINE)
 
 
@@ -41,18 +43,25 @@ def family_names(entry: Entry) -> str:
     return " and ".join(names) or entry.fields.get("title", "Anonymous")
 
 
+@lru_cache(maxsize=1)
+def parse(path: Path, changed: int) -> BibliographyData:
+    """The BibTeX file at `path`, read once for all pages; `changed` is when it was written."""
+    return parse_file(str(path))
+
+
 class References:
-    """The bibliography as one page uses it: what is cited, and which equations have a number."""
+    """The bibliography as one page uses it: what is cited, and which labels have a number."""
 
     def __init__(self, bibliography: BibliographyData):
         self.bibliography = bibliography
         self.cited: list[str] = []
         self.equations: dict[str, int] = {}
+        self.figures: dict[str, int] = {}
 
     @classmethod
     def from_file(cls, path: Path) -> References:
         """The references of the BibTeX file at `path`; none where there is no such file."""
-        return cls(parse_file(str(path)) if Path(path).exists() else BibliographyData())
+        return cls(parse(path, path.stat().st_mtime_ns) if path.exists() else BibliographyData())
 
     def link(self, key: str, text: str) -> str:
         """A link to the entry of `key`, which is now one that the page cites."""
@@ -93,41 +102,49 @@ class References:
 
         return EQUATION.sub(numbered, text)
 
-    def equation_use(self, match: re.Match) -> str:
-        """`@eq-name`: a link that says Equation and its number."""
-        number = self.equations.get(match.group(1))
-        return f"[Equation {number}](#{match.group(1)})" if number else match.group()
+    def use(self, match: re.Match) -> str:
+        """`@eq-name` or `@fig-name`: a link that says Equation or Figure and its number."""
+        label, kind = match.groups()
+        word, numbers = ("Equation", self.equations) if kind == "eq" else ("Figure", self.figures)
+        return f"[{word} {numbers[label]}](#{label})" if label in numbers else match.group()
 
     def cite(self, text: str) -> str:
-        """`text` with links in place of citations and references to equations."""
+        """`text` with links in place of citations and of references to equations and figures."""
 
         def change(part: str) -> str:
             part = BRACKET.sub(self.bracket, part)
-            part = EQUATION_USE.sub(self.equation_use, part)
+            part = USE.sub(self.use, part)
             return CITATION.sub(self.narrative, part)
 
         return outside_code(text, change)
 
-    def listing(self) -> str:
-        """The list of references, by author, each entry with an id to link to; "" for none."""
+    def entries(self) -> list[tuple[str, str]]:
+        """Key and text of every work that is cited, by author."""
         if not self.cited:
-            return ""
+            return []
         style = find_plugin("pybtex.style.formatting", "plain")(name_style="lastfirst")
         backend = find_plugin("pybtex.backends", "markdown")()
-        entries = style.format_bibliography(self.bibliography, self.cited)
-        blocks = []
-        for entry in entries:
-            text = " ".join(entry.text.render(backend).split())
-            blocks.append(f":::: {{#ref-{entry.key} .csl-entry}}\n{text}\n::::\n\n")
-        return "::: {#refs}\n\n" + "".join(blocks) + ":::"
+        found = style.format_bibliography(self.bibliography, self.cited)
+        texts = [(entry.key, " ".join(entry.text.render(backend).split())) for entry in found]
+        return [(key, URL.sub(r"<\1>", text)) for key, text in texts]
+
+    def listing(self) -> str:
+        """The list of references, by author, each entry with an id to link to; "" for none."""
+        entry = ":::: {{#ref-{} .csl-entry}}\n{}\n::::\n\n"
+        blocks = [entry.format(key, text) for key, text in self.entries()]
+        return "::: {#refs}\n\n" + "".join(blocks) + ":::" if blocks else ""
 
 
-def resolve(texts: Iterable[str], bibliography: Path) -> list[str]:
-    """The Markdown texts of one page with every citation and equation number resolved.
+def resolve(
+    texts: Iterable[str], bibliography: Path, figures: dict[str, int] | None = None
+) -> list[str]:
+    """The Markdown texts of one page with every citation and number resolved.
 
-    The list of references takes the place of an empty `::: {#refs}` block, or comes last.
+    `figures` has the number of each figure's label. The list of references takes the place of an
+    empty `::: {#refs}` block, or comes last.
     """
     references = References.from_file(bibliography)
+    references.figures = figures or {}
     numbered = [references.number_equations(text) for text in texts]
     done = [references.cite(text) for text in numbered]
     listing = references.listing()

@@ -16,8 +16,8 @@ MAX_SIGNATURE = 88
 
 
 def anchor(name: str) -> str:
-    """The id of a symbol's heading, as nbdev's index spells it."""
-    return name.lower()
+    """The id of a symbol's heading: its name, since `Copying` and `copying` can both exist."""
+    return name
 
 
 def public_methods(cls: type) -> dict[str, object]:
@@ -100,12 +100,12 @@ def signature_text(name: str, symbol: object) -> str:
 def code(text: str, *, link: bool = False) -> str:
     """Text as code inside a table cell; with `link`, nbdev may link it to its definition.
 
-    A bare `|` would end the cell, and the renderers disagree on how to escape one in backticks.
+    A bare `|` would end the cell, a `$` begin a formula, and the renderers disagree on how to escape
+    them in backticks.
     """
     if link and text and not re.search(r"[|`]", text):
         return f"`{text}`"
-    entities = {"&": "&amp;", "<": "&lt;", "|": "&#124;", "'": "&#39;", '"': "&quot;"}
-    escaped = re.sub(r"[&<|'\"]", lambda match: entities[match.group()], text)
+    escaped = re.sub(r"[&<|'\"$*_`\[\\]", lambda match: f"&#{ord(match.group())};", text)
     return f"<code>{escaped}</code>" if text else ""
 
 

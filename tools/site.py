@@ -1,13 +1,15 @@
 """Render the course as a web site: python -m tools.site [--output DIR].
 
 The notebooks go through nbdev's processors (signatures and argument tables for what they export,
-links from names in backticks to their definitions, hidden cells gone) into _proc/. Quarto renders
-that folder where it is installed; else smalldocs does. Nothing is executed and nothing is fetched.
+links from names in backticks to the library's reference, hidden cells gone) into _proc/, beside the
+pages that tools/pages.py writes. Quarto renders that folder where it is installed; else smalldocs
+does. tools/finish.py then completes every page. Nothing is executed and nothing is fetched.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib
 import os
 import re
@@ -23,10 +25,13 @@ from nbdev.doclinks import NbdevLookup
 from nbdev.process import NBProcessor, Processor
 from nbdev.processors import FilterDefaults, add_show_docs
 
-from tools import showdoc
-from tools.notebooks import ROOT, all_notebooks, default_exports, read, settings
+from tools import figures, finish, pages, showdoc
+from tools.notebooks import ROOT, all_notebooks, default_exports, read, settings, tags
 
 NUMBER = re.compile(r"^\d+[a-zA-Z0-9]*_")  # nbdev drops the same from a page's name
+
+
+REDIRECTS = ROOT / "nbs" / "redirects.csv"
 
 
 def page_path(notebook: Path) -> Path:
@@ -48,11 +53,22 @@ def module_of_page(notebook: Path) -> ModuleType | None:
         ) from error
 
 
+def modules() -> list[tuple[ModuleType, Path]]:
+    """Every module of the library and the notebook that grows it, in the order of the course."""
+    found = [(module_of_page(notebook), notebook) for notebook in pages.in_order()]
+    return [(module, notebook) for module, notebook in found if module]
+
+
+def way(start: Path, target: Path | str) -> str:
+    """The link from one page to another, both from the site's root."""
+    return os.path.relpath(target, start.parent).replace(os.sep, "/")
+
+
 # ------------------------------------------------------------------------------------ processing
 
 
 class PageLookup(NbdevLookup):
-    """nbdev's links from names to definitions, relative to a page and with its own names first."""
+    """nbdev's links from names, to the library's reference; a page's own names come first."""
 
     def __init__(self, page: Path, module: ModuleType | None):
         index = importlib.import_module(f"{settings()['lib_name']}._modidx").d["syms"]
@@ -65,13 +81,13 @@ class PageLookup(NbdevLookup):
     def add(self, module_name: str, symbols: dict[str, tuple[str, str]], page: Path) -> None:
         """Take in the symbols of one module, under their full and, unless taken, short names."""
         module = importlib.import_module(module_name)
-        for full, (target, source) in symbols.items():
+        target = f"reference/{pages.short(module)}.html"
+        for full, (_, source) in symbols.items():
             name = full.removeprefix(f"{module_name}.")
             if name.startswith("_"):
                 continue
             owner = name if showdoc.documented(module, name) else name.partition(".")[0]
-            url = os.path.relpath(target.partition("#")[0], page.parent).replace(os.sep, "/")
-            entry = (f"{url}#{showdoc.anchor(owner)}", source, None)
+            entry = (f"{way(page, target)}#{showdoc.anchor(owner)}", source, None)
             self.syms[full] = entry
             self.syms.setdefault(name, entry)
 
@@ -148,11 +164,34 @@ def process_notebook(notebook: Path, target: Path) -> None:
     NBProcessor(nb=processed, procs=chapter_filter(notebook)().procs()).process()
     for cell in processed.cells:
         if cell.cell_type == "markdown":
-            cell.source = unnumber_links(cell.source)
+            cell.source = join_formulas(unnumber_links(cell.source))
+            if {"chapter-card", "chapter-cards"} & set(tags(cell)):
+                cell.source = show_cards(cell, notebook)
         elif cell.cell_type == "raw":
             cell.source = front_matter(cell.source, notebook)
+        else:
+            figures.mark(cell)
+            link_pages(cell)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_nb(processed, target)
+
+
+def show_cards(cell, notebook: Path) -> str:
+    """A chapter's own card in a box; on the front page a card for each chapter."""
+    if "chapter-card" in tags(cell):
+        return f"::: {{.chapter-card}}\n{cell.source}\n:::"
+    here = page_path(notebook)
+    cards = pages.card_grid(lambda other: way(here, page_path(other).with_suffix(".ipynb")))
+    return f"{cell.source.partition('|')[0]}{cards}"
+
+
+def link_pages(cell) -> None:
+    """Links to notebooks in what a cell shows as HTML: the page does not turn them, we do."""
+    for output in cell.get("outputs", []):
+        if "text/html" in output.get("data", {}):
+            text = "".join(output["data"]["text/html"])
+            numbered = r'href="(?!\w+:)([^"#]*?)(?:\d+[a-zA-Z0-9]*_)?([^"#/]*)\.ipynb'
+            output["data"]["text/html"] = re.sub(numbered, r'href="\1\2.html', text)
 
 
 def unnumber_links(text: str) -> str:
@@ -163,6 +202,22 @@ def unnumber_links(text: str) -> str:
         return f"]({folder}{slash}{NUMBER.sub('', name)}.ipynb"
 
     return re.sub(r"\]\((?!\w+:)([^)\s#]+)\.ipynb", unnumbered, text)
+
+
+def join_formulas(text: str) -> str:
+    """Put a formula that ends on the next line on one line: smalldocs reads no other."""
+    joined: list[str] = []
+    code = open_formula = False
+    for line in text.split("\n"):
+        fence = re.match(r"\s*(```|~~~)", line)
+        code ^= bool(fence)
+        if open_formula and not fence and line.strip():
+            joined[-1] += f" {line.strip()}"
+        else:
+            joined.append(line)
+        dollars = len(re.findall(r"(?<!\\)\$", re.sub(r"`[^`]*`", "", joined[-1])))
+        open_formula = not code and not fence and dollars % 2 == 1
+    return "\n".join(joined)
 
 
 def front_matter(text: str, notebook: Path) -> str:
@@ -190,10 +245,49 @@ def process(folder: Path) -> Path:
         ):
             (folder / inside.parent).mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder / inside)
-    for name in ("_quarto.yml", "references.bib"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, folder / name)
+    shutil.copy(ROOT / "references.bib", folder)
+    write_pages(folder)
+    options = site_options(yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8")))
+    write_options(folder, options)
     return folder
+
+
+def write_pages(folder: Path) -> None:
+    """Write the reference of the library and the bibliography."""
+    (folder / "reference").mkdir(parents=True)
+    (folder / "reference" / "index.qmd").write_text(pages.reference_index(modules()), "utf-8")
+    for order, (module, notebook) in enumerate(modules(), 1):
+        here = Path("reference", f"{pages.short(module)}.html")
+        file = Path(module.__file__).relative_to(ROOT).as_posix()
+        text = pages.reference_page(
+            module,
+            notebook,
+            page=way(here, page_path(notebook).with_suffix(".ipynb")),
+            linkify=PageLookup(here, module).linkify,
+            url=finish.source_url(settings(), file),
+            order=order,
+        )
+        (folder / here.with_suffix(".qmd")).write_text(text, "utf-8")
+    listing = pages.bibliography(
+        folder / "references.bib",
+        lambda notebook: page_path(notebook).with_suffix(".ipynb").as_posix(),
+    )
+    (folder / "bibliography.qmd").write_text(listing, "utf-8")
+
+
+def site_options(options: dict) -> dict:
+    """_quarto.yml with what settings.ini knows: title, description and, if published, addresses."""
+    values, website = settings(), options["website"]
+    website["title"], website["description"] = values["title"], values["description"]
+    if finish.published(values):
+        website["site-url"] = values["doc_host"].rstrip("/") + values["doc_baseurl"]
+    return options
+
+
+def write_options(folder: Path, options: dict) -> None:
+    """Write the site's options."""
+    text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
+    (folder / "_quarto.yml").write_text(text, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------- rendering
@@ -215,7 +309,7 @@ def render_with_smalldocs(folder: Path, output: Path) -> None:
             "make VENV=.venv-site PYTHON=python3.11 site"
         ) from None
     resolve_references(folder)
-    drop_options(folder / "_quarto.yml", "bibliography", "link-citations", "execute")
+    prepare_for_smalldocs(folder)
     site = build(folder, quiet=True)
     dead = [warning for warning in site.warnings if "broken link" in warning]
     for warning in site.warnings:
@@ -226,23 +320,32 @@ def render_with_smalldocs(folder: Path, output: Path) -> None:
 
 
 def resolve_references(folder: Path) -> None:
-    """Resolve the citations and equation numbers of every page source in `folder`."""
+    """Resolve citations and numbers of every page in `folder`, and put its pictures into files."""
     from tools.citations import resolve
 
     for path in folder.rglob("*.ipynb"):
         page = read_nb(path)
+        numbers = figures.to_files(page.cells, folder / figures.FOLDER, way(path, folder) + "/")
         cells = [cell for cell in page.cells if cell.cell_type == "markdown"]
-        texts = resolve([cell.source for cell in cells], folder / "references.bib")
+        texts = resolve([cell.source for cell in cells], folder / "references.bib", numbers)
         for cell, text in zip(cells, texts, strict=True):
             cell.source = text
         write_nb(page, path)
 
 
-def drop_options(path: Path, *names: str) -> None:
-    """Take out of the site's options what is already done, or has no meaning without Quarto."""
-    options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    kept = {name: value for name, value in options.items() if name not in names}
-    path.write_text(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), encoding="utf-8")
+def prepare_for_smalldocs(folder: Path) -> None:
+    """The options without what is already done or unknown, and the look as plain CSS."""
+    options = yaml.safe_load((folder / "_quarto.yml").read_text(encoding="utf-8"))
+    for name in ("bibliography", "link-citations", "execute"):
+        options.pop(name)
+    options["project"]["resources"].append(f"{figures.FOLDER}/**")
+    look = options["format"]["html"]
+    look.pop("html-math-method")
+    scss = folder / look["theme"]
+    css = scss.with_suffix(".css")
+    css.write_text(scss.read_text(encoding="utf-8").replace("/*-- scss:rules --*/", ""), "utf-8")
+    look["theme"], look["css"] = "bootstrap", css.relative_to(folder).as_posix()
+    write_options(folder, options)
 
 
 def place(built: Path, output: Path) -> None:
@@ -256,6 +359,17 @@ def place(built: Path, output: Path) -> None:
     shutil.move(built, output)
 
 
+def redirects() -> dict[str, str]:
+    """Old addresses and where their pages are: nbs/redirects.csv, and the notebooks' own names."""
+    with REDIRECTS.open(encoding="utf-8", newline="") as file:
+        moved = {row["old"]: row["new"] for row in csv.DictReader(file)}
+    for notebook in all_notebooks():
+        new = page_path(notebook)
+        if notebook.stem != new.stem:
+            moved[new.with_name(f"{notebook.stem}.html").as_posix()] = new.as_posix()
+    return moved
+
+
 def build_site(output: Path, *, folder: Path = ROOT / "_proc", quarto: bool | None = None) -> Path:
     """Process and render the course into `output`; with Quarto if there is one, or as asked."""
     process(folder)
@@ -264,6 +378,8 @@ def build_site(output: Path, *, folder: Path = ROOT / "_proc", quarto: bool | No
     else:
         print("no quarto on the PATH: rendering with smalldocs")
         render_with_smalldocs(folder, output)
+    notebooks = {page_path(notebook).as_posix(): notebook for notebook in all_notebooks()}
+    finish.finish(output, notebooks, redirects())
     return output
 
 
