@@ -287,7 +287,7 @@ def load_parts(
     return (load(data, size=size, split="train" if train else None),
             load(data, size=size, split="test") if test else None)
 
-# %% ../nbs/train.ipynb #3e0104f0
+# %% ../nbs/train.ipynb #02b58d53
 def fits(
     data: ImageSet,
     entry: str,  # "column=pattern", or several of them joined by commas
@@ -323,7 +323,7 @@ def choose(
                  for part, own in zip(parts, names, strict=True)]
     if parts[-1].classes != parts[0].classes:
         raise ValueError(f"label must make the same classes of both parts; {list(label)} makes "
-                         f"{len(parts[0].classes)} of one and {len(parts[-1].classes)} of the other")
+                         f"{len(parts[0].classes)} and {len(parts[-1].classes)} of them")
     return parts[0], parts[1] if len(parts) > 1 else None
 
 # %% ../nbs/train.ipynb #bfcf0713
