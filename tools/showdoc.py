@@ -100,8 +100,8 @@ def signature_text(name: str, symbol: object) -> str:
 def code(text: str, *, link: bool = False) -> str:
     """Text as code inside a table cell; with `link`, nbdev may link it to its definition.
 
-    A bare `|` would end the cell, a `$` begin a formula, and the renderers disagree on how to escape
-    them in backticks.
+    A bare `|` would end the cell, a `$` begin a formula, and the renderers disagree on how to
+    escape them in backticks.
     """
     if link and text and not re.search(r"[|`]", text):
         return f"`{text}`"
