@@ -11,6 +11,18 @@ def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarr
     return np.random.default_rng(seed).integers(0, 256, size=shape, dtype=np.uint8)
 
 
+def labelled(count: int = 24, channels: int = 3, size: int = 16, classes: int = 2):
+    """An `ImageSet` of noise whose classes come in turn."""
+    import torch
+
+    from vlm_course.foundations.images import ImageSet
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, channels, size, size), generator=generator)
+    names = [f"class {k}" for k in range(classes)]
+    return ImageSet(images.to(torch.uint8), torch.arange(count) % classes, names)
+
+
 def save(path, array=None, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(noise(8, 8) if array is None else array).save(path, **options)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -625,19 +623,6 @@ def test_whitening_gives_unit_covariance_and_undoes_scales(generator):
 
 
 # -------------------------------------------------------------------------- two processes
-
-
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory) -> Path:
-    """What two processes of `accelerate launch` left behind."""
-    folder = tmp_path_factory.mktemp("launched")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes",
-               "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-               "--main_process_port", "0", runs.__file__, str(folder)]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
 
 
 def seen(folder: Path) -> list[dict]:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from pictures import labelled
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -46,13 +47,6 @@ TINY = GANConfig(size=16, batch_size=8, width=4, latent_dim=6, class_dim=3, r1_e
 @pytest.fixture(autouse=True)
 def quiet(one_thread):
     torch.manual_seed(0)
-
-
-def pictures(count: int = 24, channels: int = 3, size: int = 16, classes: int = 2) -> ImageSet:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (count, channels, size, size), generator=generator)
-    labels = torch.arange(count) % classes
-    return ImageSet(images.to(torch.uint8), labels, [f"class {k}" for k in range(classes)])
 
 
 def train(model: Adversarial, config: GANConfig, data: ImageSet, steps: int, **options):
@@ -214,7 +208,7 @@ def test_pictures_of_another_kind_are_refused(shape):
 
 def test_fewer_pictures_than_a_batch_are_refused():
     with pytest.raises(ValueError, match="batch_size 8 does not fit 5 images"):
-        train(TINY.adversarial(3, 2), TINY, pictures(5), 1)
+        train(TINY.adversarial(3, 2), TINY, labelled(5), 1)
 
 
 @pytest.mark.parametrize("wrong", [dict(loss="mse"), dict(r1=-1.0), dict(r1_every=0)])
@@ -242,7 +236,7 @@ def test_average_follows_as_ema_does():
             self.before = [p.clone() for p in model.average.state_dict().values()]
             seen.append(run.step)
 
-    train(model, TINY, pictures(), 4, callbacks=[GeneratorAverage(0.9), Check()])
+    train(model, TINY, labelled(), 4, callbacks=[GeneratorAverage(0.9), Check()])
     assert seen == [1, 2, 3, 4]
 
 
@@ -256,7 +250,7 @@ def test_two_rates_and_no_average_in_the_optimiser():
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path):
-    data, config = pictures(), replace(TINY, r1_every=3)
+    data, config = labelled(), replace(TINY, r1_every=3)
     whole = config.adversarial(3, 2)
     start = {k: v.clone() for k, v in whole.state_dict().items()}
     train(whole, config, data, 7, callbacks=config.callbacks())
@@ -282,7 +276,7 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stands(tmp_path
 
     keep = Checkpoint(tmp_path, every=2)
     with pytest.raises(FloatingPointError, match="step 4 of 6"):
-        fit(model, pictures().batches(8), breaks, steps=6, optimizer=TINY.optimizer,
+        fit(model, labelled().batches(8), breaks, steps=6, optimizer=TINY.optimizer,
             schedule="constant", callbacks=[*TINY.callbacks(), keep], log_every=1)
     assert [file.name for file in keep.files()] == ["step-00000002.safetensors"]
 
@@ -433,7 +427,7 @@ def test_save_refuses_names_that_do_not_match(tmp_path: Path):
 
 
 def test_a_run_leaves_a_generator_and_a_sheet(tmp_path: Path):
-    data, config = pictures(), TINY
+    data, config = labelled(), TINY
     model = config.build(config.network(None, data))
     assert model.generator.num_classes == 2 and model.generator.channels == 3
     results = config.finish(model, SimpleNamespace(out=tmp_path), data, None, "")

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -391,19 +389,6 @@ def test_every_parameter_is_in_one_group(data, tasks):
 
 
 # ------------------------------------------------------------------------------ two processes
-
-
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory) -> Path:
-    """What two processes of `accelerate launch` left behind."""
-    folder = tmp_path_factory.mktemp("launched")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes",
-               "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-               "--main_process_port", "0", runs.__file__, str(folder)]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
 
 
 def seen(folder: Path, kind: str) -> list[dict]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pictures import labelled
 from scipy.signal import upfirdn
 
 from vlm_course.appendix.checkpoints import Checkpoint
-from vlm_course.foundations.images import ImageSet
 from vlm_course.foundations.training import Callback, fit
 from vlm_course.generation.gan import generate, load_generator, r1_penalty, save_generator
 from vlm_course.generation.stylegan import (
@@ -43,11 +44,7 @@ def quiet(one_thread):
     torch.manual_seed(0)
 
 
-def pictures(count: int = 24, channels: int = 3, size: int = 16, classes: int = 3) -> ImageSet:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (count, channels, size, size), generator=generator)
-    labels = torch.arange(count) % classes
-    return ImageSet(images.to(torch.uint8), labels, [f"class {k}" for k in range(classes)])
+pictures = partial(labelled, classes=3)
 
 
 def train(model, steps: int, config=TINY, data=None, **options):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -522,19 +520,6 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_the_step():
 
 
 # --------------------------------------------------------------------------------- two processes
-
-
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory) -> Path:
-    """What two processes of `accelerate launch` left behind."""
-    folder = tmp_path_factory.mktemp("launched")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes",
-               "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-               "--main_process_port", "0", runs.__file__, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
 
 
 @pytest.mark.timeout(300)
