@@ -81,7 +81,7 @@ def make_backbone(
                              patch_size=patch_side(image_size)))
     raise ValueError(f"backbone must be one of {[*RESNETS, *VITS]}; got {name!r}")
 
-# %% ../nbs/train.ipynb #07559309
+# %% ../nbs/train.ipynb #df0b698b
 class Method(Protocol):
     "What a chapter's configuration has, such as `SimCLRConfig`; fields besides are its own."
 
@@ -102,7 +102,9 @@ class Method(Protocol):
 
     # and, if there are any: callbacks() -> list[Callback], such as a teacher's step;
     # `backbone`, a class variable: the name of the network if --backbone is not given; and what
-    # `FinetuneRecipe` has besides: parts, network, optimizer, finish; `schedule`, as in `fit`
+    # `FinetuneRecipe` has besides: parts, network, optimizer, finish; `schedule`, as in `fit`;
+    # batches(model, data, batch_size, generator) -> Batches, of something else than pictures;
+    # `open_classes`, a class variable: whether the test part may have other classes
 
 # %% ../nbs/train.ipynb #71638553
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +289,7 @@ def load_parts(
     return (load(data, size=size, split="train" if train else None),
             load(data, size=size, split="test") if test else None)
 
-# %% ../nbs/train.ipynb #02b58d53
+# %% ../nbs/train.ipynb #56d6a76a
 def fits(
     data: ImageSet,
     entry: str,  # "column=pattern", or several of them joined by commas
@@ -309,6 +311,7 @@ def choose(
     *,
     only: list[str] = (),  # entries of `fits`; none: all pictures
     label: list[str] = (),  # columns that make the classes together; none: the set's own
+    open_classes: bool = False,  # whether the test part may have other classes
 ) -> tuple[ImageSet, ImageSet | None]:
     "Both parts with the pictures and classes asked for; `ValueError` if nothing is left."
     parts = [part for part in (data, test) if part is not None]
@@ -321,12 +324,12 @@ def choose(
                  for part in parts]
         parts = [replace(part, table={**part.table, "class": own}).relabel("class")
                  for part, own in zip(parts, names, strict=True)]
-    if parts[-1].classes != parts[0].classes:
+    if parts[-1].classes != parts[0].classes and not open_classes:
         raise ValueError(f"label must make the same classes of both parts; {list(label)} makes "
                          f"{len(parts[0].classes)} and {len(parts[-1].classes)} of them")
     return parts[0], parts[1] if len(parts) > 1 else None
 
-# %% ../nbs/train.ipynb #bfcf0713
+# %% ../nbs/train.ipynb #b1cf516d
 def prepare(
     method: Method,
     options: RunOptions,
@@ -334,14 +337,18 @@ def prepare(
 ) -> tuple[Backbone, nn.Module, Batches]:  # what is kept, what is trained, on what
     "Everything that the seed decides."
     torch.manual_seed(options.seed)
+    order = torch.Generator().manual_seed(options.seed)
     if hasattr(method, "network"):
         backbone = method.network(options, data)
     else:
         backbone = make_backbone(options.backbone, image_size=method.size,
                                  in_channels=data.images.shape[1], num_classes=len(data.classes))
-    batches = data.batches(method.batch_size, transform=method.transform(), drop_last=True,
-                           generator=torch.Generator().manual_seed(options.seed))
     model = method.build(backbone)
+    if hasattr(method, "batches"):  # of something else than pictures, such as their codes
+        batches = method.batches(model, data, method.batch_size, order)
+    else:
+        batches = data.batches(method.batch_size, transform=method.transform(), drop_last=True,
+                               generator=order)
     return model.encoder if isinstance(model, MAE) else backbone, model, batches
 
 # %% ../nbs/train.ipynb #980e984c
@@ -371,7 +378,7 @@ def summary(
             "torch": torch.__version__, "python": platform.python_version(),
             "losses": history.losses, "metrics": history.metrics}
 
-# %% ../nbs/train.ipynb #e0a3b131
+# %% ../nbs/train.ipynb #26063e8a
 def train(
     name: str,  # of the method, in `METHODS`
     method: Method,
@@ -387,7 +394,8 @@ def train(
     with claimed(options.out, text, resume=options.resume) if first else contextlib.nullcontext():
         with accelerator.local_main_process_first():  # one process downloads, the others find it
             data, test = getattr(method, "parts", load_parts)(options.data, method.size)
-        data, test = choose(data, test, only=options.only, label=options.label)
+        data, test = choose(data, test, only=options.only, label=options.label,
+                            open_classes=getattr(method, "open_classes", False))
         backbone, model, batches = prepare(method, options, data)
         length = dict(epochs=method.epochs) if options.steps is None else dict(steps=options.steps)
         keep = Checkpoint(options.out / "checkpoints", every=options.save_every)

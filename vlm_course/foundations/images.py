@@ -278,7 +278,7 @@ class RowBatches:
             self._position = position + 1
             yield order[position * self.batch_size:][:self.batch_size], seed + 1 + position
 
-# %% ../../nbs/foundations/01_images.ipynb #cdcaea26
+# %% ../../nbs/foundations/01_images.ipynb #f51851b8
 class Batches(RowBatches):
     "Epochs of (images, labels): float32 (B, C, H, W) in [0, 1] after `transform`, and int64 (B,)."
 
@@ -289,19 +289,21 @@ class Batches(RowBatches):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for rows, seed in super().__iter__():
             rows = rows.tensor_split(self.world)[self.rank].to(self.data.device, non_blocking=True)
-            images = to_float(self.data.images[rows])
+            images, own = self.pick(rows), seed * self.world + self.rank
             if self.transform is not None:
-                own = torch.Generator().manual_seed(seed * self.world + self.rank)
-                images = self.transform(images, own)
+                images = self.transform(images, torch.Generator().manual_seed(own))
             yield images, self.data.labels[rows]
+
+    def pick(self, rows: Tensor) -> Tensor:
+        "What a batch holds of these rows, before `transform`: pictures, float32 in [0, 1]."
+        return to_float(self.data.images[rows])
 
     def shard(self, rank: int, world: int) -> "Batches":
         "The same global batches, of which process `rank` of `world` gets its equal share."
         if not 0 <= rank < world:
             raise ValueError(f"rank must be in 0..{world - 1} of {world} processes; got {rank}")
-        if self.drop_last and self.batch_size % world:
-            raise ValueError(f"batch_size is global and must be a multiple of the {world} "
-                             f"processes; got {self.batch_size}")
+        if self.drop_last and (size := self.batch_size) % world:
+            raise ValueError(f"batch_size must be a multiple of the {world} processes; got {size}")
         share = copy.copy(self)
         share.rank, share.world = rank, world
         return share

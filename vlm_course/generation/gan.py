@@ -377,10 +377,14 @@ def generate(
                     for part in parts]
     return torch.cat(pictures)
 
-# %% ../../nbs/generation/02_gan.ipynb #bfbbf7c0
-KINDS = {  # name -> module:configuration, which has `make_generator(channels, num_classes)`
+# %% ../../nbs/generation/02_gan.ipynb #7a08dd82
+KINDS = {  # name -> module:configuration, with `make_generator(channels, classes)` or `restore`
     "dcgan": "vlm_course.generation.gan:GANConfig",
     "stylegan": "vlm_course.generation.stylegan:StyleGANConfig",
+    "vqvae": "vlm_course.generation.vqvae:VQVAEConfig",
+    "transformer": "vlm_course.generation.transformer:TransformerConfig",
+    "maskgit": "vlm_course.generation.transformer:MaskGITConfig",
+    "flow": "vlm_course.generation.diffusion:FlowConfig",
 }
 
 
@@ -398,11 +402,13 @@ def save_generator(
                          f"{generator.num_classes}")
     about = {"kind": generator.kind, "config": asdict(generator.config),
              "channels": generator.channels, "classes": list(classes)}
+    if hasattr(generator, "about"):  # what `restore` needs besides
+        about |= generator.about()
     tensors = {k: v.to(dtype) if dtype and v.is_floating_point() else v
                for k, v in generator.state_dict().items()}
     return write_tensors(tensors, path, metadata={"generator": json.dumps(about)})
 
-# %% ../../nbs/generation/02_gan.ipynb #dcbed25e
+# %% ../../nbs/generation/02_gan.ipynb #05502847
 def load_generator(
     path: str | Path,  # a file of `save_generator`, or the folder of a run
 ) -> nn.Module:  # in evaluation mode, float32, with .classes: list of names
@@ -420,7 +426,10 @@ def load_generator(
         module, _, name = KINDS[about["kind"]].partition(":")
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
         config, classes = getattr(importlib.import_module(module), name)(**values), about["classes"]
-        generator = config.make_generator(about["channels"], len(classes))
+        if hasattr(config, "restore"):
+            generator = config.restore(about)
+        else:
+            generator = config.make_generator(about["channels"], len(classes))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} describes no generator of {list(KINDS)}: "
                          f"{error!r}") from error
