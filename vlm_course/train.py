@@ -8,7 +8,7 @@ __all__ = ['RESNETS', 'VITS', 'FREE', 'METHODS', 'ABOUT', 'patch_side', 'make_ba
            'load_parts', 'fits', 'choose', 'prepare', 'leave_backbone', 'summary', 'train', 'hold_out',
            'FinetuneRecipe', 'own_comments', 'comments', 'make_parser', 'parse', 'main']
 
-# %% ../nbs/train.ipynb #0726f9ab
+# %% ../nbs/train.ipynb #ff89ee29
 import contextlib
 import inspect
 import json
@@ -33,7 +33,10 @@ from .foundations.images import Batches, ImageSet, load
 from .foundations.networks import Backbone, ResNet, ResNetConfig, ViT, ViTConfig
 from .foundations.training import Callback, History, classification_loss, fit, predict
 from .generation.gan import GANConfig
+from .generation.diffusion import FlowConfig
 from .generation.stylegan import StyleGANConfig
+from .generation.transformer import MaskGITConfig, TransformerConfig
+from .generation.vqvae import VQVAEConfig
 from .predict import model_card, save_classifier
 from .self_supervised.contrastive import MoCoConfig, SimCLRConfig
 from .self_supervised.masked import MAE, MAEConfig, MaskNoise, mae_loss
@@ -465,11 +468,13 @@ class FinetuneRecipe(FinetuneConfig):
         return {"accuracy": right / len(labels), "confusion": matrix.tolist(),
                 "classes": data.classes}
 
-# %% ../nbs/train.ipynb #8bc73c6d
+# %% ../nbs/train.ipynb #99d30935
 METHODS: dict[str, Method] = {
     "supervised": SupervisedConfig(), "rotation": RotationConfig(),
     "simclr": SimCLRConfig(), "moco": MoCoConfig(), "mae": MAERecipe(), **JOINT_EMBEDDINGS,
-    "finetune": FinetuneRecipe(), "dcgan": GANConfig(), "stylegan": StyleGANConfig()}
+    "finetune": FinetuneRecipe(), "dcgan": GANConfig(), "stylegan": StyleGANConfig(),
+    "vqvae": VQVAEConfig(), "transformer": TransformerConfig(), "maskgit": MaskGITConfig(),
+    "flow": FlowConfig()}
 ABOUT = {  # one line each, for --help
     "supervised": "cross-entropy on the labels, the control of all others",
     "rotation": "which way is up (Gidaris et al., 2018)",
@@ -484,6 +489,10 @@ ABOUT = {  # one line each, for --help
     "finetune": "a pretrained network on your classes; `python -m vlm_course.predict` uses it",
     "dcgan": "two networks play, one of them paints (Radford et al., 2015)",
     "stylegan": "pictures by style (Karras et al., 2020); `python -m vlm_course.sample` draws",
+    "vqvae": "pictures to grids of codes and back (van den Oord et al., 2017; Esser et al., 2021)",
+    "transformer": "one code after the other, told by words (Esser et al., 2021)",
+    "maskgit": "many codes at once, the surest first (Chang et al., 2022)",
+    "flow": "from noise along straight lines, in pixels or latents (Lipman et al., 2023)",
 }
 
 # %% ../nbs/train.ipynb #ae97fe28
