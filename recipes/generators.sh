@@ -24,12 +24,12 @@ draw dcgan dcgan_emoji_64 9000 --upsample resize
 draw stylegan stylegan_emoji_64 10000 --r1 1.0
 learn vqvae vqvae_emoji_64 5000
 codes=$out/vqvae_emoji_64
-draw transformer transformer_emoji_64 6000 --batch_size 32 --tokenizer "$codes"
-draw maskgit maskgit_emoji_64 6000 --batch_size 32 --tokenizer "$codes"
+draw transformer transformer_emoji_64 6000 --mirror true --tokenizer "$codes"
+draw maskgit maskgit_emoji_64 6000 --mirror true --tokenizer "$codes"
 draw flow flow_emoji_64 14000 --tokenizer "$codes"
 
 # Not in the table: all concepts, told by their names. `python -m vlm_course.sample` takes --prompt.
-learn transformer transformer_emoji_text 5500 --batch_size 32 --tokenizer "$codes" --label '[style, name_en]' \
+learn transformer transformer_emoji_text 3500 --tokenizer "$codes" --label '[style, name_en]' \
     --word_dropout 0.1
 
 python -m vlm_course.compare "$out/dcgan_emoji_64" "$out/stylegan_emoji_64" "$out/transformer_emoji_64" \

@@ -206,6 +206,22 @@ def test_pictures_of_another_kind_are_refused(shape):
         adversarial_loss(TINY.adversarial(3, 2), torch.rand(shape), torch.zeros(8).long())
 
 
+@pytest.mark.parametrize("images, labels, words", [
+    (torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.zeros(8).long(), "images .*got .*uint8"),
+    (torch.zeros(8, 3, 16, 16), torch.zeros(7).long(), r"labels must be \(8,\) int64.*got \(7,\)"),
+    (torch.zeros(8, 3, 16, 16), torch.zeros(8), "labels must be .*float32"),
+    (torch.zeros(8, 3, 16, 16), None, "labels must be .*got None")])
+def test_integer_pictures_and_labels_that_do_not_fit_are_refused(images, labels, words):
+    with pytest.raises(ValueError, match=words):
+        adversarial_loss(TINY.adversarial(3, 2), images, labels)
+
+
+def test_a_batch_of_one_and_an_odd_one_have_a_loss():
+    for count in (1, 3):
+        batch = torch.rand(count, 3, 16, 16), torch.zeros(count).long()
+        assert adversarial_loss(TINY.adversarial(3, 2), *batch)[0].isfinite()
+
+
 def test_fewer_pictures_than_a_batch_are_refused():
     with pytest.raises(ValueError, match="batch_size 8 does not fit 5 images"):
         train(TINY.adversarial(3, 2), TINY, labelled(5), 1)
@@ -302,7 +318,12 @@ def test_a_kernel_of_four_is_the_dcgan_layer():
 @pytest.mark.parametrize("wrong, words", [
     (dict(size=48), "power of two"), (dict(size=8), "power of two"), (dict(norm="layer"), "norm"),
     (dict(objective="mse"), "objective"), (dict(upsample="pixel"), "upsample"),
-    (dict(critic_norm="no"), "critic_norm"), (dict(weight_decay=0.1), "weight_decay")])
+    (dict(critic_norm="no"), "critic_norm"), (dict(weight_decay=0.1), "weight_decay"),
+    (dict(width=0), "width must be at least 1; got 0"), (dict(kernel=1), "kernel must be at least 2"),
+    (dict(lr=0.0), "lr must be above 0; got 0.0"), (dict(lr=math.nan), "lr must be above 0; got nan"),
+    (dict(average=1.5), r"average must be in \[0, 1\]; got 1.5"), (dict(class_dim=0), "class_dim"),
+    (dict(r1=-1.0), "r1 must be at least 0"), (dict(r1_every=0), "r1_every must be at least 1"),
+    (dict(gradient_penalty=math.inf), "gradient_penalty"), (dict(batch_size=0), "batch_size")])
 def test_configurations_that_cannot_be_built_are_refused(wrong, words):
     with pytest.raises(ValueError, match=words):
         GANConfig(**wrong)
@@ -361,6 +382,19 @@ def test_generate_does_not_depend_on_batches_and_puts_the_mode_back():
 def test_latents_and_labels_that_do_not_fit_are_refused(latents, labels, words):
     with pytest.raises(ValueError, match=words):
         check_latents(TINY.make_generator(3, 2), latents, labels)
+
+
+@pytest.mark.parametrize("call, words", [
+    (dict(latents=-1), "at least 0; got 256 and -1"),
+    (dict(latents=2, batch_size=0), "batch_size must be at least 1"),
+    (dict(latents=4, labels=[0, 1]), r"labels must be \(4,\) int64 in 0..1; got \(2,\)")])
+def test_numbers_that_generate_cannot_draw_are_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        generate(TINY.make_generator(3, 2), **call)
+
+
+def test_no_pictures_are_pictures_too():
+    assert generate(TINY.make_generator(3, 2), 0).shape == (0, 3, 16, 16)
 
 
 def test_labels_for_a_generator_without_classes_are_refused():

@@ -20,6 +20,7 @@ from vlm_course.generation.stylegan import (
     FILTER,
     AdaptiveAugment,
     EqualLinear,
+    StyleGAN,
     StyleGANConfig,
     demodulation,
     minibatch_deviation,
@@ -351,6 +352,12 @@ def test_trains(channels):
     assert {"critic", "generator", "p", "sign", "path"} <= history.metrics.keys()
 
 
+def test_a_batch_of_one_and_an_odd_one_have_a_loss():
+    for count in (1, 3):
+        batch = torch.rand(count, 3, 16, 16), torch.zeros(count).long()
+        assert stylegan_loss(TINY.adversarial(3, 3), *batch)[0].isfinite()
+
+
 def test_resumed_run_is_the_uninterrupted_one(tmp_path):
     whole = TINY.adversarial(3, 3)
     torch.manual_seed(1)
@@ -429,6 +436,9 @@ def test_principal_directions_are_numpys():
 # --------------------------------------------------------------------------------------- refusals
 
 
+BYTES = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+
+
 @pytest.mark.parametrize("call, words", [
     (lambda: StyleGANConfig(size=48), "size must be a power of two, at least 8; got 48"),
     (lambda: StyleGANConfig(size=4), "size must be"),
@@ -451,6 +461,35 @@ def test_principal_directions_are_numpys():
     (lambda: stylegan_loss(TINY.adversarial(3, 3), torch.rand(4, 3, 32, 32), torch.zeros(4).long()),
      "images must be"),
     (lambda: project(TINY.make_generator(3), torch.rand(1, 3, 32, 32)), "images must be"),
+    (lambda: stylegan_loss(TINY.adversarial(3, 3), BYTES, torch.zeros(4).long()), "images .*uint8"),
+    (lambda: stylegan_loss(TINY.adversarial(3, 3), BYTES / 255, torch.zeros(3).long()), "labels"),
+    (lambda: project(TINY.make_generator(3), BYTES), "images .*uint8"),
+    (lambda: project(TINY.make_generator(3), BYTES / 0.0), "images must be finite.*got nan or inf"),
+    (lambda: project(TINY.make_generator(3, 3), BYTES / 255, labels=torch.tensor([0])),
+     r"labels must be \(4,\)"),
+    (lambda: project(TINY.make_generator(3, 3), BYTES / 255, labels=torch.tensor([0, 1, 2, 3])),
+     "labels None or in 0..2"),
+    (lambda: principal_directions(TINY.make_generator(3), count=4), "count must be at least 5"),
+    (lambda: principal_directions(TINY.make_generator(3, 3), labels=torch.tensor([3])), "in 0..2"),
+    (lambda: principal_directions(TINY.make_generator(3, 3), labels=torch.tensor([]).long()), "0..2"),
+    (lambda: mix_styles(torch.rand(2, 4, 5), torch.rand(2, 3, 5), 1), "one shape"),
+    (lambda: mix_styles(torch.rand(2, 4, 5), torch.rand(2, 4, 5), 5), "crossover .* and 5"),
+    (lambda: upfirdn2d(torch.rand(3, 8, 8)), r"x must be \(B, C, H, W\)"),
+    (lambda: upfirdn2d(torch.rand(1, 3, 8, 8), pad=4), "pad in 0..3.* and 4"),
+    (lambda: upfirdn2d(torch.rand(1, 3, 8, 8), up=0), "up and down positive"),
+    (lambda: modulated_conv2d(torch.rand(2, 3, 8, 8), torch.rand(4, 3, 3, 3), torch.rand(1, 3)),
+     r"style must be \(2, 3\)"),
+    (lambda: modulated_conv2d(torch.rand(2, 3, 8, 8), torch.rand(4, 3, 2, 2), torch.rand(2, 3)),
+     "kernel's side odd.*and 2"),
+    (lambda: modulated_conv2d(torch.rand(2, 3, 8, 8), torch.rand(4, 3, 1, 1), torch.rand(2, 3),
+                              up=True), "3 with up"),
+    (lambda: StyleGAN(TINY.make_generator(3), None, mixing=2.0), r"mixing in \[0, 1\]"),
+    (lambda: StyleGAN(TINY.make_generator(3), None, path_every=0), "path_every at least 1"),
+    *[(partial(StyleGANConfig, **{name: value}), f"{name} must be")
+      for name, value in {"width": 0, "max_width": 0, "critic_width": -1, "mapping_depth": 0,
+                          "latent_dim": 0, "class_dim": 0, "mixing": 1.5, "path": -1.0,
+                          "path_every": 0, "ada_target": 2.0, "ada_images": 0, "average": -0.1,
+                          "lr": -1.0, "epochs": 0.0, "batch_size": 0}.items()],
 ])
 def test_refusals(call, words):
     with pytest.raises(ValueError, match=words):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LOSSES', 'KINDS', 'logistic_critic_loss', 'minimax_generator_loss', 'nonsaturating_generator_loss',
            'hinge_critic_loss', 'wasserstein_critic_loss', 'score_generator_loss', 'r1_penalty', 'gradient_penalty',
-           'frozen', 'to_unit_range', 'Adversarial', 'adversarial_loss', 'GeneratorAverage', 'DCGANGenerator',
-           'DCGANCritic', 'check_latents', 'generate', 'save_generator', 'load_generator', 'AdversarialRecipe',
-           'leave_generator', 'GANOptions', 'GANConfig']
+           'frozen', 'to_unit_range', 'check_pictures', 'Adversarial', 'adversarial_loss', 'GeneratorAverage',
+           'DCGANGenerator', 'DCGANCritic', 'check_latents', 'generate', 'save_generator', 'load_generator',
+           'AdversarialRecipe', 'check_numbers', 'leave_generator', 'GANOptions', 'GANConfig']
 
 # %% ../../nbs/generation/02_gan.ipynb #825f2f2e
 import copy
@@ -123,7 +123,7 @@ def gradient_penalty(
     lengths = (_squared_gradient(critic, torch.lerp(fake, real, share), rest) + 1e-12).sqrt()
     return (lengths - 1).square().mean()
 
-# %% ../../nbs/generation/02_gan.ipynb #ecc27c45
+# %% ../../nbs/generation/02_gan.ipynb #4f5fe2b5
 def frozen(
     module: nn.Module,
 ) -> Callable:  # takes the module's inputs
@@ -137,6 +137,22 @@ def to_unit_range(
 ) -> Tensor:  # float32 in [0, 1], as everything else takes them
     "The pictures from [-1, 1] to [0, 1]; what lies outside is clipped."
     return images.float().add(1).div(2).clamp(0, 1)
+
+
+def check_pictures(
+    generator: nn.Module,
+    images: Tensor,  # what a loss was given as real pictures
+    labels: Tensor,  # and as their classes
+) -> None:
+    "`ValueError` if shapes or dtypes do not fit the generator; values are not read: no waiting."
+    side = generator.image_size
+    if images.shape[1:] != (generator.channels, side, side) or not images.is_floating_point():
+        raise ValueError(f"images must be (B, {generator.channels}, {side}, {side}) float in "
+                         f"[0, 1], as the generator makes them; got {tuple(images.shape)} "
+                         f"{images.dtype}")
+    if labels is None or labels.shape != images.shape[:1] or labels.is_floating_point():
+        got = "None" if labels is None else f"{tuple(labels.shape)} {labels.dtype}"
+        raise ValueError(f"labels must be ({len(images)},) int64, one an image; got {got}")
 
 # %% ../../nbs/generation/02_gan.ipynb #e38a71a3
 class Adversarial(nn.Module):
@@ -179,14 +195,7 @@ class Adversarial(nn.Module):
         "Pictures of the averaged generator, (B, C, H, W) in [0, 1]."
         return to_unit_range(self.average(latents, *rest))
 
-# %% ../../nbs/generation/02_gan.ipynb #26524b8c
-def _check_pictures(generator: nn.Module, images: Tensor) -> None:
-    side = generator.image_size
-    if images.shape[1:] != (generator.channels, side, side):
-        raise ValueError(f"images must be (B, {generator.channels}, {side}, {side}), as the "
-                         f"generator makes them; got {tuple(images.shape)}")
-
-
+# %% ../../nbs/generation/02_gan.ipynb #54f042d0
 def adversarial_loss(
     model: Adversarial,
     images: Tensor,  # (B, C, H, W) float in [0, 1]: real ones
@@ -194,9 +203,9 @@ def adversarial_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # scalar, and both losses and mean logits
     """The critic's loss plus the generator's, for `fit`: each network gets its own gradient.
 
-    Raises `ValueError` if the pictures are not of the generator's size and channels.
+    Raises `ValueError` if pictures or labels do not fit the generator.
     """
-    _check_pictures(model.generator, images)
+    check_pictures(model.generator, images, labels)
     real, rest = images * 2 - 1, (labels,) if model.generator.num_classes else ()
     latents = torch.randn(len(images), model.generator.latent_dim, device=images.device)
     fake, augment = model.generator(latents, *rest), model.augment or nn.Identity()
@@ -291,11 +300,11 @@ class DCGANGenerator(nn.Module):
         maps = self.first(latents).unflatten(1, (-1, self.config.base, self.config.base))
         return self.layers(maps).tanh()
 
-# %% ../../nbs/generation/02_gan.ipynb #ede8c9dd
+# %% ../../nbs/generation/02_gan.ipynb #7744b836
 class DCGANCritic(nn.Module):
     """Images in [-1, 1], and labels if there are classes, to logits (Radford et al., 2015).
 
-    Classes enter as a projection (Miyato and Koyama, 2018, equation 4).
+    Classes enter as a projection (Miyato and Koyama, 2018).
     """
 
     def __init__(
@@ -347,7 +356,7 @@ def check_latents(
         raise ValueError(f"labels must be in 0..{K - 1}; got {labels.min()}..{labels.max()}")
     return latents, labels
 
-# %% ../../nbs/generation/02_gan.ipynb #273b7fb3
+# %% ../../nbs/generation/02_gan.ipynb #6d3a4509
 @torch.no_grad()
 def generate(
     generator: nn.Module,  # latents (B, Z)[, labels (B,)] -> images in [-1, 1]
@@ -364,12 +373,16 @@ def generate(
     Raises `ValueError` for latents or labels that do not fit the generator.
     """
     device = next(generator.parameters()).device
+    if batch_size < 1 or isinstance(latents, int) and latents < 0:
+        raise ValueError("batch_size must be at least 1 and a number of latents at least 0; got "
+                         f"{batch_size} and {latents if isinstance(latents, int) else 'a tensor'}")
     if isinstance(latents, int):
         draw = None if seed is None else torch.Generator().manual_seed(seed)
         latents = torch.randn(latents, generator.latent_dim, generator=draw)
     if generator.num_classes:
         turn = torch.arange(len(latents)) % generator.num_classes
-        labels = turn if labels is None else torch.as_tensor(labels).expand(len(latents))
+        labels = turn if labels is None else torch.as_tensor(labels)
+        labels = labels if labels.ndim else labels.expand(len(latents))
     inputs = check_latents(generator, latents, labels)
     parts = zip(*[part.split(batch_size) for part in inputs], strict=True)
     with evaluation_mode(generator), autocast(device, precision):
@@ -408,7 +421,7 @@ def save_generator(
                for k, v in generator.state_dict().items()}
     return write_tensors(tensors, path, metadata={"generator": json.dumps(about)})
 
-# %% ../../nbs/generation/02_gan.ipynb #05502847
+# %% ../../nbs/generation/02_gan.ipynb #5e6dd5d5
 def load_generator(
     path: str | Path,  # a file of `save_generator`, or the folder of a run
 ) -> nn.Module:  # in evaluation mode, float32, with .classes: list of names
@@ -422,7 +435,7 @@ def load_generator(
     if "generator" not in words:
         raise ValueError(f"{str(path)!r} holds weights, but not the words of `save_generator`")
     try:
-        about = json.loads(words["generator"])
+        about = json.loads(words["generator"]) | {"near": str(path.parent)}
         module, _, name = KINDS[about["kind"]].partition(":")
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
         config, classes = getattr(importlib.import_module(module), name)(**values), about["classes"]
@@ -473,7 +486,29 @@ class AdversarialRecipe:
         "Leave `generator.safetensors` and a sheet of samples in the run's folder."
         return leave_generator(model, options.out, data.classes)
 
-# %% ../../nbs/generation/02_gan.ipynb #bd11de0e
+# %% ../../nbs/generation/02_gan.ipynb #752372b4
+def check_numbers(
+    config: object,  # a dataclass of this or the next chapter
+) -> None:
+    """Raises `ValueError` for a field out of its range: shares and decays lie in [0, 1], weights of
+    penalties are at least 0, all other numbers positive, and a kernel is at least 2.
+    """
+    shares = "beta1", "beta2", "average", "mixing", "ada_target"
+    for name, value in asdict(config).items():
+        if isinstance(value, bool | str) or name == "weight_decay":
+            continue
+        if name in shares:
+            good, wanted = 0 <= value <= 1, "in [0, 1]"
+        elif name in ("r1", "gradient_penalty", "path"):
+            good, wanted = 0 <= value < math.inf, "at least 0"
+        else:
+            least = 2 if name == "kernel" else 1 if isinstance(value, int) else 0
+            good = value >= least and value > 0
+            wanted = f"at least {least}" if least else "above 0"
+        if not good:
+            raise ValueError(f"{name} must be {wanted}; got {value}")
+
+
 def leave_generator(
     model: Adversarial,
     folder: Path,  # of the run
@@ -515,7 +550,7 @@ class GANOptions(AdversarialRecipe):
     conditional: bool = True  # whether the networks are told the classes
     mirror: bool = False  # whether pictures are mirrored at random
 
-# %% ../../nbs/generation/02_gan.ipynb #ac97abac
+# %% ../../nbs/generation/02_gan.ipynb #220f8691
 @dataclass(frozen=True, kw_only=True)
 class GANConfig(GANOptions):
     "A DCGAN and how it is trained; refuses, with a `ValueError`, what cannot be built."
@@ -530,6 +565,7 @@ class GANConfig(GANOptions):
             raise ValueError(f"size must be a power of two in 16..256, or 28; got {self.size}")
         if self.weight_decay:
             raise ValueError(f"weight_decay must be 0 for this method; got {self.weight_decay}")
+        check_numbers(self)
 
     @property
     def base(self) -> int:

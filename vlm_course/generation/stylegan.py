@@ -9,7 +9,7 @@ __all__ = ['FILTER', 'EqualLinear', 'normalize_second_moment', 'MappingNetwork',
            'StyleGAN', 'path_penalty', 'stylegan_loss', 'StyleGANRecipe', 'StyleGANConfig', 'project',
            'principal_directions']
 
-# %% ../../nbs/generation/03_stylegan.ipynb #d13d9a20
+# %% ../../nbs/generation/03_stylegan.ipynb #1a55be5f
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ from vlm_course.generation.gan import (
     LOSSES,
     Adversarial,
     AdversarialRecipe,
+    check_numbers,
+    check_pictures,
     frozen,
     r1_penalty,
 )
@@ -92,7 +94,7 @@ class MappingNetwork(nn.Module):
         return torch.cat([self(z, z.new_full((count,), k, dtype=torch.long)).mean(0, keepdim=True)
                           for k in range(max(1, self.num_classes))])
 
-# %% ../../nbs/generation/03_stylegan.ipynb #62ca715b
+# %% ../../nbs/generation/03_stylegan.ipynb #0dc94c8a
 FILTER = (1.0, 3.0, 3.0, 1.0)  # binomial: the low-pass filter of StyleGAN2
 
 
@@ -101,8 +103,7 @@ class _Filter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, kernel: Tensor, pad: int) -> Tensor:
-        ctx.kernel, ctx.pad = kernel, pad
-        C = x.shape[1]
+        ctx.kernel, ctx.pad, C = kernel, pad, x.shape[1]
         return F.conv2d(x, kernel.expand(C, 1, *kernel.shape), padding=pad, groups=C)
 
     @staticmethod
@@ -120,7 +121,10 @@ def upfirdn2d(
     pad: int = 0,  # zeros on each side, between the two; below K
     gain: float = 1.0,
 ) -> Tensor:  # (B, C, h, w), h = (H * up + 2 * pad - K) // down + 1
-    "Pixels up-sampled, filtered and down-sampled: `scipy.signal.upfirdn` along both sides."
+    "`scipy.signal.upfirdn` along both sides of maps; what does not fit is a `ValueError`."
+    if x.ndim != 4 or min(up, down) < 1 or not 0 <= pad < len(taps):
+        raise ValueError(f"x must be (B, C, H, W), up and down positive, pad in 0..{len(taps) - 1}"
+                         f"; got {tuple(x.shape)}, {up}, {down} and {pad}")
     if up > 1:
         B, C, H, W = x.shape
         wide = x.new_zeros(B, C, H, up, W, up)
@@ -129,10 +133,9 @@ def upfirdn2d(
     precise = torch.promote_types(x.dtype, torch.float32)
     taps = torch.tensor([tap / sum(taps) for tap in taps], dtype=precise, device=x.device)
     kernel = gain * (taps[:, None] * taps).flip(0, 1)
-    x = _Filter.apply(x, kernel.to(x.dtype), pad)
-    return x[:, :, ::down, ::down] if down > 1 else x
+    return _Filter.apply(x, kernel.to(x.dtype), pad)[:, :, ::down, ::down]
 
-# %% ../../nbs/generation/03_stylegan.ipynb #4e5ae6af
+# %% ../../nbs/generation/03_stylegan.ipynb #3dbb682e
 def demodulation(
     weight: Tensor,  # (O, I, k, k)
     style: Tensor,  # (B, I)
@@ -152,7 +155,14 @@ def modulated_conv2d(
     up: bool = False,  # twice the side: transposed convolution, then `FILTER`
     gain: float = 1.0,
 ) -> Tensor:  # (B, O, H, W), or (B, O, 2 * H, 2 * W)
-    "Each image convolved with weights of its own (Karras et al., 2020), one convolution for all."
+    """Each image convolved with weights of its own (Karras et al., 2020), one convolution for all.
+
+    Raises `ValueError` for a style of another shape, or a kernel that would move the picture.
+    """
+    side = weight.shape[3]
+    if style.shape != (len(x), weight.shape[1]) or side % 2 == 0 or up and side != 3:
+        raise ValueError(f"style must be {(len(x), weight.shape[1])} and the kernel's side odd, 3 "
+                         f"with up; got {tuple(style.shape)} and {side}")
     y = x * style.to(x.dtype)[:, :, None, None]
     if up:
         y = F.conv_transpose2d(y, weight.transpose(0, 1), stride=2)
@@ -341,7 +351,7 @@ class StyleCritic(nn.Module):
             return x.squeeze(1)
         return (x * normalize_second_moment(self.embedding)[labels]).sum(1) / math.sqrt(x.shape[1])
 
-# %% ../../nbs/generation/03_stylegan.ipynb #21c96ab5
+# %% ../../nbs/generation/03_stylegan.ipynb #93124506
 def path_lengths(
     images: Tensor,  # (B, C, H, W), made from styles
     styles: Tensor,  # (B, L, D)
@@ -358,7 +368,14 @@ def mix_styles(
     fine: Tensor,  # (B, L, D), for those from there on
     crossover: Tensor | int,  # (B,) int64 or one for all, in 0..L
 ) -> Tensor:  # (B, L, D)
-    "The styles of one image up to a layer and those of another after it."
+    """The styles of one image up to a layer and those of another after it.
+
+    Raises `ValueError` if shapes differ, or for one crossover outside of 0..L.
+    """
+    if coarse.shape != fine.shape or isinstance(crossover, int) and not (
+            0 <= crossover <= coarse.shape[1]):
+        raise ValueError("coarse and fine must have one shape (B, L, D) and crossover lie in 0..L; "
+                         f"got {tuple(coarse.shape)}, {tuple(fine.shape)} and {crossover}")
     layer = torch.arange(coarse.shape[1], device=coarse.device)
     before = layer < torch.as_tensor(crossover, device=coarse.device).reshape(-1, 1)
     return torch.where(before[..., None], coarse, fine)
@@ -456,7 +473,7 @@ class AdaptiveAugment(nn.Module):
         self.p.add_((self.sign - self.target).sign() * (len(logits) / self.images))
         self.p.clamp_(0, self.limit)
 
-# %% ../../nbs/generation/03_stylegan.ipynb #e5e65ae0
+# %% ../../nbs/generation/03_stylegan.ipynb #285d370a
 class StyleGAN(Adversarial):
     "Generator, critic, the generator's average, augmentation, and the counters of lazy penalties."
 
@@ -474,6 +491,9 @@ class StyleGAN(Adversarial):
         loss: str = "nonsaturating",  # of `LOSSES`
     ):
         super().__init__(generator, critic, loss=loss, r1=r1, r1_every=r1_every, augment=augment)
+        if not (path >= 0 and path_every >= 1 and 0 <= mixing <= 1):
+            raise ValueError("path must be at least 0, path_every at least 1 and mixing in [0, 1]; "
+                             f"got {path}, {path_every} and {mixing}")
         self.path, self.path_every, self.mixing = path, path_every, mixing
         self.register_buffer("path_mean", torch.zeros(()))
 
@@ -498,17 +518,18 @@ def path_penalty(model: StyleGAN, labels: Tensor) -> Tensor:
             model.path_mean.copy_(mean)
         return (lengths - mean).square().mean()
 
-# %% ../../nbs/generation/03_stylegan.ipynb #ae46aa48
+# %% ../../nbs/generation/03_stylegan.ipynb #f4478ed2
 def stylegan_loss(
     model: StyleGAN,
     images: Tensor,  # (B, C, S, S) float in [0, 1]
     labels: Tensor,  # (B,) int64; fakes are of the same classes
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    "The critic's loss plus the generator's, each with its own gradient, and the penalties' turn."
+    """The critic's loss plus the generator's, each with its own gradient, and the penalties' turn.
+
+    Raises `ValueError` if pictures or labels do not fit the generator.
+    """
     g = model.generator
-    if images.shape[1:] != (want := (g.channels, g.image_size, g.image_size)):
-        raise ValueError(f"images must be (B, {', '.join(map(str, want))}), as the generator makes "
-                         f"them; got {tuple(images.shape)}")
+    check_pictures(g, images, labels)
     real, rest = images * 2 - 1, (labels,) if g.num_classes else ()
     augment = model.augment or nn.Identity()
     fake = g.synthesis(model.random_styles(labels))
@@ -562,7 +583,7 @@ class StyleGANRecipe(AdversarialRecipe):
         "`stylegan_loss`."
         return stylegan_loss
 
-# %% ../../nbs/generation/03_stylegan.ipynb #6aef6c19
+# %% ../../nbs/generation/03_stylegan.ipynb #776a44c6
 @dataclass(frozen=True, kw_only=True)
 class StyleGANConfig(StyleGANRecipe):
     "A style-based generator for small data (Karras et al., 2020), and how it is trained."
@@ -598,8 +619,9 @@ class StyleGANConfig(StyleGANRecipe):
             raise ValueError(f"size must be a power of two, at least 8; got {self.size}")
         if self.weight_decay:
             raise ValueError(f"weight_decay must be 0 for this method; got {self.weight_decay}")
+        check_numbers(self)
 
-# %% ../../nbs/generation/03_stylegan.ipynb #07146f31
+# %% ../../nbs/generation/03_stylegan.ipynb #eec4aef5
 def project(
     generator: StyleGenerator,  # not changed
     images: Tensor,  # (B, C, S, S) float in [0, 1]
@@ -609,12 +631,16 @@ def project(
     lr: float = 0.1,  # of Adam; rises for a twentieth of the steps, then falls to 0
     distance: Callable | None = None,  # (images, images) -> (B,): added to the squared error
 ) -> Tensor:  # (B, num_layers, style_dim): a style for each layer, "W+"
-    "Styles whose pictures come close to `images`, found by gradient descent (Abdal et al., 2019)."
-    g = generator
-    if images.shape[1:] != (want := (g.channels, g.image_size, g.image_size)):
-        raise ValueError(f"images must be (B, {', '.join(map(str, want))}); got "
-                         f"{tuple(images.shape)}")
-    means = g.mapping.means()
+    """Styles whose pictures come close to `images`, found by gradient descent (Abdal et al., 2019).
+
+    Raises `ValueError` for pictures or labels that do not fit, or that hold no finite numbers.
+    """
+    g, means = generator, generator.mapping.means()
+    check_pictures(g, images, images.new_zeros(len(images)).long() if labels is None else labels)
+    if not images.isfinite().all() or labels is not None and not set(labels.tolist()) <= set(
+            range(len(means))):
+        raise ValueError(f"images must be finite, and labels None or in 0..{len(means) - 1}; got "
+                         f"{'finite ones' if images.isfinite().all() else 'nan or inf'}, {labels}")
     start = means.mean(0).expand(len(images), -1) if labels is None else means[labels]
     styles = start[:, None].repeat(1, g.num_layers, 1).requires_grad_()
     adam, synthesis = torch.optim.Adam([styles]), frozen(g.synthesis)
@@ -629,7 +655,7 @@ def project(
             adam.step()
     return styles.detach()
 
-# %% ../../nbs/generation/03_stylegan.ipynb #ec6d41e8
+# %% ../../nbs/generation/03_stylegan.ipynb #29c62324
 @torch.no_grad()
 def principal_directions(
     generator: StyleGenerator,
@@ -637,8 +663,16 @@ def principal_directions(
     labels: Tensor | None = None,  # (B,) int64: classes that styles are drawn for; None: all
     count: int = 4096,  # styles drawn
 ) -> tuple[Tensor, Tensor]:  # (D, D), a direction a row, and (D,) deviations, largest first
-    "Directions in which styles vary most within a class, by PCA (Harkonen et al., 2020)."
+    """Directions in which styles vary most within a class, by PCA (Harkonen et al., 2020).
+
+    Raises `ValueError` for labels of no class, or fewer styles than a style has numbers.
+    """
     mapping, draw = generator.mapping, torch.Generator().manual_seed(0)
+    K, D = max(1, mapping.num_classes), mapping.style_dim
+    if count < D or labels is not None and not (
+            len(labels) and 0 <= labels.min() <= labels.max() < K):
+        raise ValueError(f"count must be at least {D} and labels None or in 0..{K - 1}; got "
+                         f"{count} and {labels}")
     device = mapping.layers[0].weight.device
     latents = torch.randn(count, mapping.latent_dim, generator=draw).to(device)
     classes = torch.arange(max(1, mapping.num_classes)) if labels is None else labels.cpu()
