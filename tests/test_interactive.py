@@ -19,8 +19,11 @@ from PIL import Image
 
 from tools import notebooks
 from vlm_course.appendix import interactive
+from vlm_course.appendix.files import data_folder
 from vlm_course.foundations import augmentation
 from vlm_course.foundations.images import load, to_float, to_uint8
+from vlm_course.generation.gan import load_generator
+from vlm_course.generation.stylegan import principal_directions
 from vlm_course.self_supervised.contrastive import info_nce, nt_xent, unit
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -432,3 +435,52 @@ def test_walk_shows_the_picture_of_its_place(opened):
         assert page.get_by_role("status").text_content() == f"red {i + 1}, green {j + 1}"
     move(page, red=1, green=2)
     assert json.loads(page.locator(".vlm-touch").get_attribute("data-place")) == [0, 1]
+
+
+def drawn_faces() -> torch.Tensor:
+    """What the generator that ships draws at the 7 x 7 places of the page's walk, uint8."""
+    generator = load_generator(data_folder("runs") / "stylegan_emoji_64")
+    label = torch.tensor([generator.classes.index("smileys-emotion fluent3d")])
+    directions, deviations = principal_directions(generator, labels=label)
+    rows = []
+    for first in (-3, -2, -1, 0, 1, 2, 3):
+        for second in (-3, -2, -1, 0, 1, 2, 3):
+            style = generator.mapping.means()[label[0]].clone()
+            style += first / 1.5 * deviations[0] * directions[0]
+            style += second / 1.5 * deviations[1] * directions[1]
+            rows.append(style.expand(generator.num_layers, -1))
+    with torch.no_grad():
+        return to_uint8((generator.synthesis(torch.stack(rows)) / 2 + 0.5).clamp(0, 1))
+
+
+@needs_browser
+def test_walk_through_the_generator_shows_what_it_draws(opened):
+    """Each place: its own picture and no other's, up to what WebP loses, in words as well."""
+    (html,) = [html for html in in_notebooks().values() if '"direction 1"' in html]
+    page, drawn = opened(interactive.Interactive("walk", html)), drawn_faces()
+    said = page.get_by_role("status")
+    for place, picture in enumerate(drawn):
+        move(page, direction_1=place // 7 + 1, direction_2=place % 7 + 1)
+        off = (pixels(page, 1).int() - drawn.int()).abs().float().mean((1, 2, 3))
+        assert off.argmin() == place and off[place] < 6  # of 255, on average
+        words = said.text_content()
+        covered = 100 * (picture.amin(0) < 0.85 * 255).float().mean().item()
+        assert abs(int(words.rpartition(" covered")[0].split()[-1].rstrip("%")) - covered) < 1
+        assert page.locator("canvas").nth(1).get_attribute("aria-label").endswith(words)
+    page.get_by_label("direction 1", exact=True).focus()
+    page.keyboard.press("Home")
+    assert said.text_content().startswith("direction 1 −2.0 σ, direction 2 +2.0 σ: ")
+
+
+@needs_browser
+def test_walk_without_scripts_shows_every_picture(opened):
+    (html,) = [html for html in in_notebooks().values() if '"direction 1"' in html]
+    page = opened(interactive.Interactive("walk", html), live=False)
+    still = page.locator(".still img")
+    assert still.evaluate("(image) => [image.naturalWidth, image.naturalHeight]") == [448, 448]
+    assert "faces" in still.get_attribute("alt")
+
+
+def test_texts_are_one_a_picture():
+    with pytest.raises(ValueError, match=r"texts must be 1 rows of 2; got \[1\]"):
+        interactive.latent_explorer(torch.zeros(1, 2, 3, 8, 8), alt="x", texts=[["one"]])

@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import json
 import re
+import shutil
+import subprocess
+from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import yaml
 from bs4 import BeautifulSoup
 
 from tools import citations, figures, finish, notebooks, showdoc, site
@@ -242,12 +247,13 @@ def test_page_offers_colab_where_it_is_published(tmp_path, monkeypatch, flag):
     monkeypatch.setattr(finish, "settings", lambda: values)
     text = "<html><head><title>T</title></head><body><main><p>中文 text</p></main></body></html>"
     (tmp_path / "index.html").write_text(text, "utf-8")
-    finish.finish(tmp_path, {"index.html": NOTEBOOKS[0]}, {})
+    notebook = notebooks.ROOT / "nbs" / "index.ipynb"
+    finish.finish(tmp_path, {"index.html": notebook}, {})
     page = (tmp_path / "index.html").read_text("utf-8")
     assert ("colab.research.google.com" in page) == (flag == "True")
     assert ("github.com/ada/course/blob/main/nbs/index.ipynb" in page) == (flag == "True")
     assert '<span lang="zh">中文</span> text' in page
-    assert (tmp_path / "notebooks" / "index.ipynb").read_bytes() == NOTEBOOKS[0].read_bytes()
+    assert (tmp_path / "notebooks" / "index.ipynb").read_bytes() == notebook.read_bytes()
 
 
 def test_what_other_hosts_serve_is_dropped(tmp_path):
@@ -292,3 +298,170 @@ def test_references_are_listed_once_and_by_name(tmp_path):
     assert "`@a` and $x@a$" in done and "a@b.org" in done
     assert "x \\tag{1}" in done and "[Equation 1](#eq-x)" in done
     assert done.count("#ref-a .csl-entry") == 1
+
+
+# ------------------------------------------------------------------- what Quarto is given to render
+
+# Of the options that Quarto 1.8 knows (https://quarto.org/docs/reference/), those that are used here.
+# Anything else is a slip, which Quarto refuses or silently ignores: look it up, then add it.
+OPTIONS = {
+    "": "project bibliography link-citations execute website format",
+    "project": "type output-dir render resources",
+    "execute": "enabled",
+    "website": "title description site-url favicon image open-graph twitter-card page-navigation "
+    "back-to-top-navigation search navbar sidebar",
+    "website.navbar": "left",
+    "website.navbar.left": "text href",
+    "website.sidebar": "id style collapse-level contents",
+    "website.sidebar.contents": "section contents",
+    "format": "html",
+    "format.html": "lang theme html-math-method toc toc-depth code-copy code-overflow anchor-sections "
+    "smooth-scroll callout-appearance fig-align",
+}
+CELL_OPTIONS = set("code-fold code-summary echo output fig-alt fig-cap label layout-ncol".split())
+CALLOUTS = {"note", "tip", "important", "warning", "caution"}
+CALLOUT = re.compile(r"\.callout-(\w+)((?: (?:collapse|title|icon|appearance)=\"[^\"]*\")*)")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[Path, list[dict]]:
+    """The cells of every page as Quarto gets it, before smalldocs' half of the work."""
+    folder = site.process(tmp_path_factory.mktemp("sources"))
+    found = {}
+    for path in [*folder.rglob("*.ipynb"), *folder.rglob("*.qmd")]:
+        text = path.read_text("utf-8")
+        cells = json.loads(text)["cells"] if path.suffix == ".ipynb" else [prose(text)]
+        found[path] = [{**cell, "source": "".join(cell["source"])} for cell in cells]
+    return found
+
+
+def prose(text: str) -> dict:
+    """A markdown cell."""
+    return {"cell_type": "markdown", "source": text}
+
+
+def written(cells: list[dict]) -> list[str]:
+    """What the markdown cells say, and what code cells show as markdown."""
+    texts = []
+    for cell in cells:
+        shown = [output.get("data", {}) for output in cell.get("outputs", [])]
+        texts += [cell["source"]] * (cell["cell_type"] == "markdown")
+        texts += ["".join(data["text/markdown"]) for data in shown if "text/markdown" in data]
+    return texts
+
+
+def named(options: dict | list | str, place: str = "") -> dict[str, set[str]]:
+    """The names of nested options, by the place where they stand."""
+    if isinstance(options, list):
+        names: dict[str, set[str]] = {}
+        for item in options:
+            for where, some in named(item, place).items():
+                names[where] = names.get(where, set()) | some
+        return names
+    if not isinstance(options, dict):
+        return {}
+    names = {place: set(options)}
+    for name, value in options.items():
+        names |= named(value, f"{place}.{name}".lstrip("."))
+    return names
+
+
+def test_quarto_knows_every_option(sources):
+    folder = next(path.parent for path in sources if path.name == "index.ipynb")
+    options = yaml.safe_load((folder / "_quarto.yml").read_text("utf-8"))
+    known = {place: set(names.split()) for place, names in OPTIONS.items()}
+    for place, names in named(options).items():
+        assert names <= known.get(place.replace("contents.contents", "contents"), set()), place
+    for path, cells in sources.items():
+        for cell in cells:
+            if cell["cell_type"] == "raw":
+                assert set(yaml.safe_load(cell["source"].strip("-\n"))) <= {
+                    "title", "description", "order"}, path.name  # fmt: skip
+            head = re.findall(r"^ *# *\| *(.*)$", cell["source"], flags=re.MULTILINE)
+            if cell["cell_type"] == "code" and head:
+                assert set(yaml.safe_load("\n".join(head))) <= CELL_OPTIONS, (path.name, head)
+
+
+def test_pages_and_files_that_options_name_are_there(sources):
+    folder = next(path.parent for path in sources if path.name == "index.ipynb")
+    website = yaml.safe_load((folder / "_quarto.yml").read_text("utf-8"))["website"]
+    wanted = [website["favicon"], website["image"]]
+    wanted += [item["href"] for item in website["navbar"]["left"]]
+    for item in [item for bar in website["sidebar"] for item in bar["contents"]]:
+        if isinstance(item, dict):
+            inside = item["contents"]
+            wanted += inside if isinstance(inside, list) else [inside]
+        elif len(item) > 1:  # one letter: `contents` was one pattern
+            wanted.append(item)
+    assert [name for name in wanted if not list(folder.glob(name))] == []
+
+
+def test_boxes_and_fences_are_those_of_quarto(sources):
+    """Each cell closes what it opens; boxes have one of the five kinds, with a title in quotes."""
+    for path, cells in sources.items():
+        for text in written(cells):
+            fences = re.findall(r"^(:{3,})[ \t]*(.*?)[ \t]*$", notebooks.without_code(text),
+                                flags=re.MULTILINE)  # fmt: skip
+            depth = 0
+            for _, rest in fences:
+                depth += 1 if rest else -1
+                assert depth >= 0, f"{path.name}: a fence closes nothing in\n{text}"
+            assert depth == 0, f"{path.name}: a fence stays open in\n{text}"
+            for _, rest in fences:
+                if "callout" in rest:
+                    found = CALLOUT.fullmatch(rest.strip("{}"))
+                    assert found and found.group(1) in CALLOUTS, f"{path.name}: {rest}"
+
+
+def test_each_reference_has_one_label(sources):
+    """`@eq-name` and `@fig-name` of a page, its equations, its cells."""
+    for path, cells in sources.items():
+        text = "\n\n".join(written(cells))
+        outside = re.sub(notebooks.CODE, "", text, flags=notebooks.MARKDOWN)
+        labels = Counter(re.findall(r"\$\$[ \t]*\{#(eq-[\w-]+)\}", outside))
+        labels.update(str(figures.options(cell["source"]).get("label", "")) or "none"
+                      for cell in cells if cell["cell_type"] == "code")  # fmt: skip
+        del labels["none"]
+        assert [name for name, count in labels.items() if count > 1] == [], path.name
+        used = set(re.findall(r"(?<![\w\\])@((?:eq|fig|tbl|sec|lst)-[\w-]*\w)", outside))
+        assert used <= set(labels), path.name
+        assert outside.count("{#eq-") == sum(name.startswith("eq-") for name in labels), path.name
+        ids = Counter(cell["id"] for cell in cells if "id" in cell)
+        assert [name for name, count in ids.items() if count > 1] == [], path.name
+
+
+def test_links_between_sources_lead_to_sources(sources):
+    """Quarto warns of a link to a page that it does not render."""
+    for path, cells in sources.items():
+        for text in written(cells):
+            for link in re.findall(r"\]\((?!\w+:)([^)\s#]+\.(?:ipynb|qmd))", text):
+                assert (path.parent / link).resolve() in sources, f"{path.name}: {link}"
+
+
+def pandoc() -> str:
+    """Where Pandoc is, of which Quarto is made: on the PATH, or in the package pypandoc_binary."""
+    found = shutil.which("pandoc")
+    if found:
+        return found
+    return pytest.importorskip("pypandoc", reason="no pandoc here").get_pandoc_path()
+
+
+def as_pandoc_reads(cells: list[dict]) -> str:
+    """One text of a page's cells, as Quarto makes it; code, and what is HTML already, left out."""
+    return "\n\n".join(written([c for c in cells if c["cell_type"] != "raw"]))
+
+
+def test_pandoc_has_nothing_to_warn_of(sources):
+    """No fence left open, no identifier twice, no citation unknown, no syntax left as text."""
+    command = [pandoc(), "--from=markdown", "--to=json"]
+    known, faults = notebooks.bibliography_keys(), []
+    for path, cells in sources.items():
+        done = subprocess.run(command, input=as_pandoc_reads(cells), capture_output=True,
+                              encoding="utf-8", check=True)  # fmt: skip
+        faults += [f"{path.name}: {line}" for line in done.stderr.splitlines()]
+        keys = set(re.findall(r'"citationId":"([^"]+)"', done.stdout)) - known
+        faults += [f"{path.name}: @{key}" for key in keys if not re.match(r"(eq|fig)-", key)]
+        for text in re.findall(r'\{"t":"Str","c":"((?:[^"\\]|\\.)*)"\}', done.stdout):
+            if re.search(r":::|\$\$|^\{[#.](?!eq-)|\{\{<", text):
+                faults.append(f"{path.name}: {text}")
+    assert faults == []

@@ -188,9 +188,12 @@ def draw_contents(page) -> None:
 
 
 def wrap_tables(page) -> None:
-    """Each table in a box that scrolls by itself; a table without a head says so by its cells."""
+    """Each table in a box that scrolls by itself; what arguments are for is not squeezed."""
     for table in page.xpath("//main//table"):
         box = element('<div class="table-scroll" data-label="Table, scrolls sideways"></div>')
+        heads = table.xpath(".//th")
+        if heads and heads[-1].text_content().strip() == "Details":
+            box.set("class", "table-scroll arguments")
         box.tail, table.tail = table.tail, None
         table.getparent().replace(table, box)
         box.append(table)

@@ -27,6 +27,7 @@ from nbdev.processors import FilterDefaults, add_show_docs
 
 from tools import figures, finish, pages, showdoc
 from tools.notebooks import ROOT, all_notebooks, default_exports, read, settings, tags
+from vlm_course.appendix.glossary import slug
 
 NUMBER = re.compile(r"^\d+[a-zA-Z0-9]*_")  # nbdev drops the same from a page's name
 
@@ -162,6 +163,7 @@ def process_notebook(notebook: Path, target: Path) -> None:
     """Write the page source of one notebook to the file `target`."""
     processed = read_nb(notebook)
     NBProcessor(nb=processed, procs=chapter_filter(notebook)().procs()).process()
+    set_apart(processed.cells)
     for cell in processed.cells:
         if cell.cell_type == "markdown":
             cell.source = join_formulas(unnumber_links(cell.source))
@@ -192,6 +194,21 @@ def link_pages(cell) -> None:
             text = "".join(output["data"]["text/html"])
             numbered = r'href="(?!\w+:)([^"#]*?)(?:\d+[a-zA-Z0-9]*_)?([^"#/]*)\.ipynb'
             output["data"]["text/html"] = re.sub(numbered, r'href="\1\2.html', text)
+
+
+def set_apart(cells: list) -> None:
+    """An id of its own for each heading whose text is also the name of a symbol of the page."""
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    shown = "".join("".join(o.get("data", {}).get("text/markdown", "")) for o in outputs)
+    taken = set(re.findall(r"\{#([^ }]+) \.symbol\}", shown))
+
+    def apart(match: re.Match) -> str:
+        name = slug(match.group(1))
+        return f"{match.group()} {{#{name}-text}}" if name in taken else match.group()
+
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"^#{2,6} ([^{}\n]+)$", apart, cell.source, flags=re.MULTILINE)
 
 
 def unnumber_links(text: str) -> str:

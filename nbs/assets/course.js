@@ -75,6 +75,36 @@
   }
   addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((box) => { box.open = true; }));
 
+  // ---- the glossary: a field that leaves only the terms that hold what is typed, tones and accents aside
+  const terms = [...document.querySelectorAll('main li > strong[id^="term-"]')].map((name) => name.parentElement);
+  if (terms.length) {
+    const plain = (text) => text.normalize("NFD").replace(/[\p{M}\s]/gu, "").toLowerCase();
+    const texts = terms.map((entry) => plain(entry.textContent));
+    const letters = [...new Set(terms.map((entry) => entry.closest("section")))];
+    const box = make(`<div class="filter" role="search" aria-label="Filter the glossary"><label for="term-filter">Only terms with</label>
+      <input type="search" id="term-filter" autocomplete="off" placeholder="English, 中文 or pinyin"><p role="status"></p></div>`);
+    const [field, said] = [box.querySelector("input"), box.querySelector("p")];
+    const filter = () => {
+      const wanted = plain(field.value);
+      terms.forEach((entry, at) => { entry.hidden = !texts[at].includes(wanted); });
+      const shown = terms.filter((entry) => !entry.hidden);
+      for (const letter of letters) letter.hidden = !shown.some((entry) => letter.contains(entry));
+      said.textContent = wanted ? `${shown.length} of ${terms.length} terms` : `${terms.length} terms`;
+    };
+    field.addEventListener("input", filter);
+    field.addEventListener("keydown", (event) => {
+      const first = terms.find((entry) => !entry.hidden);
+      if (event.key === "Escape") { field.value = ""; filter(); }
+      if (event.key === "Enter" && first) { event.preventDefault(); first.querySelector("a").focus(); }
+    });
+    addEventListener("hashchange", () => { // a link to a term that is hidden shows all of them
+      const aim = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+      if (aim && aim.closest("[hidden]")) { field.value = ""; filter(); aim.scrollIntoView(); }
+    });
+    letters[0].before(box);
+    filter();
+  }
+
   // ---- search: the index is a script, so it loads from a file as well as from a server
   const dialog = make(`<dialog class="search" aria-label="Search the course">
     <form method="dialog" role="search"><input type="search" aria-label="Search for" placeholder="Search for a word or a name"

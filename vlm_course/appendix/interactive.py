@@ -730,7 +730,7 @@ def attention_viewer(
                        still=contact_sheet(torch.cat(still), columns=1 + h), alt=alt,
                        caption=caption)
 
-# %% ../../nbs/appendix/08_interactive.ipynb #c1428826
+# %% ../../nbs/appendix/08_interactive.ipynb #beca648a
 LATENT = r"""
 async function main(figure) {
   const { rows, columns, height, width } = data;
@@ -751,7 +751,8 @@ async function main(figure) {
     const size = [width, height];
     large.getContext("2d").drawImage(sheet, j * width, i * height, ...size, 0, 0, ...size);
     const name = (axis, k) => `${data.names[axis]} ${data.values[axis][k]}`;
-    said.textContent = `${name(0, i)}, ${name(1, j)}`;
+    const text = data.texts ? `: ${data.texts[i][j]}` : "";
+    said.textContent = `${name(0, i)}, ${name(1, j)}${text}`;
     large.setAttribute("aria-label", `The picture at ${said.textContent}`);
     root.dataset.place = JSON.stringify([i, j]);
   };
@@ -769,7 +770,7 @@ async function main(figure) {
 }
 """
 
-# %% ../../nbs/appendix/08_interactive.ipynb #32b00965
+# %% ../../nbs/appendix/08_interactive.ipynb #65175b49
 def latent_explorer(
     pictures: Tensor,  # (R, C, 3, H, W) or, in grey, (R, C, H, W); uint8, or float in [0, 1]
     *,
@@ -777,11 +778,13 @@ def latent_explorer(
     caption: str = "Each place is one latent code, each picture what the generator makes of it.",
     names: tuple[str, str] = ("row", "column"),  # what the two directions mean
     values: tuple[Sequence, Sequence] | None = None,  # R and C of them, as shown; None: 1, 2, ...
+    texts: Sequence[Sequence[str]] | None = None,  # R rows of C: what each picture shows
     quality: int = 85,  # of WebP: lower for more pictures
 ) -> Interactive:
     """A grid of precomputed pictures that one walks with pointer or keys, the chosen one large.
 
-    Raises `ValueError` for pictures of another shape, and for values that are not one a place.
+    Raises `ValueError` for pictures of another shape, and for values or texts that are not one a
+    place.
     """
     coloured = pictures[:, :, None] if pictures.ndim == 4 else pictures
     pixels = check_pictures(coloured, "R K C H W")
@@ -790,8 +793,10 @@ def latent_explorer(
     if [len(v) for v in labels] != [R, K]:
         raise ValueError(f"values must be {R} and {K}, one a place; got {len(labels[0])} and "
                          f"{len(labels[1])}")
+    if texts is not None and [len(row) for row in texts] != [K] * R:
+        raise ValueError(f"texts must be {R} rows of {K}; got {[len(row) for row in texts]}")
     sheet = rearrange(pixels, "r k c h w -> c (r h) (k w)")
     data = {"rows": R, "columns": K, "height": pixels.shape[3], "width": pixels.shape[4],
-            "names": list(names), "values": labels}
+            "names": list(names), "values": labels, "texts": texts}
     return interactive("latent explorer", script=LATENT, data=data, still=sheet, alt=alt,
                        caption=caption, quality=quality)
