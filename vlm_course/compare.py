@@ -6,7 +6,7 @@
 __all__ = ['SHIPPED', 'COLUMNS', 'find_run', 'read_run', 'training_seconds', 'common_data', 'draw_like', 'code_length', 'compare',
            'markdown_table', 'make_parser', 'main']
 
-# %% ../nbs/compare.ipynb #5b380ea4
+# %% ../nbs/compare.ipynb #35ad47b2
 import csv
 import json
 import time
@@ -21,11 +21,11 @@ from .appendix.files import data_folder
 from .foundations.images import ImageSet, default_device, to_float
 from .foundations.training import count_parameters
 from .generation.gan import generate, load_generator
-from .generation.measuring import evaluate_generator, feature_network, features_of
+from .generation.measuring import evaluate_generator, feature_network, features_of, kid
 from .sample import draw
 from .train import choose, load_parts
 
-# %% ../nbs/compare.ipynb #3cf9d102
+# %% ../nbs/compare.ipynb #6f45bc7a
 SHIPPED = {  # row of the table -> folder in data/runs
     "DCGAN": "dcgan_emoji_64", "StyleGAN2": "stylegan_emoji_64",
     "Transformer": "transformer_emoji_64", "MaskGIT": "maskgit_emoji_64",
@@ -63,7 +63,7 @@ def training_seconds(
     first = training_seconds(options["tokenizer"]) if options.get("tokenizer") else 0.0
     return first + results["seconds"]
 
-# %% ../nbs/compare.ipynb #5deb70d1
+# %% ../nbs/compare.ipynb #e69b34ef
 COLUMNS = {  # of the table -> what it says
     "parameters": "numbers that drawing needs", "training": "seconds, tokenizer included",
     "drawing": "seconds a picture", "kid": "distance of the features' distributions, unbiased",
@@ -90,7 +90,7 @@ def common_data(
         raise ValueError(f"data must have a test part; {options['data']!r} has none")
     return train, test
 
-
+# %% ../nbs/compare.ipynb #de2a7f19
 @torch.no_grad()
 def draw_like(
     run: str | Path,  # as in `find_run`
@@ -111,7 +111,7 @@ def draw_like(
         used += count_parameters(tokenizer.decoder)
     return pictures, seconds, used
 
-# %% ../nbs/compare.ipynb #a48d8a2c
+# %% ../nbs/compare.ipynb #a2792cbd
 def code_length(
     run: str | Path,  # as in `find_run`
 ) -> dict[str, float]:  # {"bits": of a picture}, or nothing
@@ -123,7 +123,7 @@ def code_length(
     channels = load_generator(find_run(run)).channels
     return {"bits": held_out["bits_per_dimension"] * channels * options["size"] ** 2}
 
-
+# %% ../nbs/compare.ipynb #5ecd75f7
 def compare(
     runs: dict[str, str | Path],  # name of the row -> as in `find_run`
     *,
@@ -151,7 +151,7 @@ def compare(
         row |= {key: scores[key] for key in COLUMNS if key in scores}
     return rows, sheets
 
-
+# %% ../nbs/compare.ipynb #9acd6547
 def markdown_table(
     rows: list[dict],  # of `compare`
 ) -> str:
@@ -165,7 +165,7 @@ def markdown_table(
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
-# %% ../nbs/compare.ipynb #1434952c
+# %% ../nbs/compare.ipynb #d293252e
 def make_parser():  # a jsonargparse.ArgumentParser
     "The arguments of `python -m vlm_course.compare`."
     from jsonargparse import ArgumentParser
@@ -197,6 +197,6 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             table.writerows(rows)
     return rows
 
-# %% ../nbs/compare.ipynb #235553d2
+# %% ../nbs/compare.ipynb #80541f88
 if __name__ == "__main__" and __spec__ is not None:  # python -m vlm_course.compare, not a notebook
     main()

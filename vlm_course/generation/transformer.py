@@ -11,7 +11,7 @@ __all__ = ['turns', 'turn', 'places_of', 'KeyValueCache', 'TokenAttention', 'Tok
            'from_gpt2', 'fill_codes', 'maskgit_loss', 'any_order_cost', 'MaskedTransformer', 'MaskGITConfig',
            'complete']
 
-# %% ../../nbs/generation/05_transformer.ipynb #b9b5b456
+# %% ../../nbs/generation/05_transformer.ipynb #e3eddffa
 import difflib
 import math
 import re
@@ -30,7 +30,7 @@ from ..foundations.training import EMA, Callback, Run, evaluation_mode, unwrap
 from .gan import save_generator
 from .vqvae import EncodedBatches, load_tokenizer, tokenizer_reference
 
-# %% ../../nbs/generation/05_transformer.ipynb #5e04080f
+# %% ../../nbs/generation/05_transformer.ipynb #5c9e0cc8
 def turns(
     places: Tensor,  # (T, 2) float: row and column of each token
     head_dim: int,  # channels of a head, a multiple of 4
@@ -67,7 +67,7 @@ def places_of(
     places[prefix:prefix + start] = torch.tensor([-1, 0])
     return places
 
-# %% ../../nbs/generation/05_transformer.ipynb #444bd751
+# %% ../../nbs/generation/05_transformer.ipynb #9b95964c
 class KeyValueCache:
     "Keys and values of the tokens so far, in every layer; room for all of them is there at once."
 
@@ -100,7 +100,7 @@ class KeyValueCache:
         room[0, :, :, self.filled:], room[1, :, :, self.filled:] = keys, values
         return room[0], room[1]
 
-# %% ../../nbs/generation/05_transformer.ipynb #507e17cf
+# %% ../../nbs/generation/05_transformer.ipynb #d4fe8c3d
 class TokenAttention(Attention):
     "`Attention` that may be causal, may turn its queries and keys, and may remember."
 
@@ -128,7 +128,7 @@ class TokenAttention(Attention):
                                                is_causal=causal)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
-# %% ../../nbs/generation/05_transformer.ipynb #969aa368
+# %% ../../nbs/generation/05_transformer.ipynb #3d716315
 class TokenBlock(Block):
     "Pre-norm block with `TokenAttention`, dropout after both parts, and the GELU that is wanted."
 
@@ -158,7 +158,7 @@ def initialize(
         for layer in (block.attn.proj, block.mlp.fc2):
             nn.init.trunc_normal_(layer.weight, std=0.02 / math.sqrt(2 * len(model.blocks)))
 
-# %% ../../nbs/generation/05_transformer.ipynb #3ec3cb66
+# %% ../../nbs/generation/05_transformer.ipynb #35093b45
 class TokenStack(nn.Module):
     "Tables that turn words and codes into tokens, blocks that mix them, and the layer of logits."
 
@@ -189,7 +189,7 @@ class TokenStack(nn.Module):
         "Scores (B, n, K) of all codes, from tokens (B, n, D)."
         return self.head(x) if self.head else F.linear(x, self.embedding.weight[:self.codes])
 
-# %% ../../nbs/generation/05_transformer.ipynb #119d0f66
+# %% ../../nbs/generation/05_transformer.ipynb #441d9b6f
 class TokenTrunk(TokenStack):
     "The way through a `TokenStack`."
 
@@ -230,7 +230,7 @@ class TokenTrunk(TokenStack):
         return {f"blocks.{i}": rearrange(x[:, self.prefix:], "b (h w) d -> b d h w", h=h, w=w)
                 for i, x in enumerate(outputs)}
 
-# %% ../../nbs/generation/05_transformer.ipynb #91a1d468
+# %% ../../nbs/generation/05_transformer.ipynb #74aabc93
 def words_of(text: str) -> list[str]:
     "The words of a text in lower case; whatever is no letter or digit parts them."
     return re.findall(r"[^\W_]+", text.lower())
@@ -242,7 +242,7 @@ def unknown_word(word: str, words: Sequence[str]) -> str:
     hint = f", which is near {', '.join(map(repr, near))}" if near else ""
     return f"prompt must be of the {len(words)} words learned; got {word!r}{hint}"
 
-# %% ../../nbs/generation/05_transformer.ipynb #6777bd11
+# %% ../../nbs/generation/05_transformer.ipynb #ea692d53
 class Vocabulary:
     "The words that a model knows, by number; 0 stands for no word."
 
@@ -283,7 +283,7 @@ class Vocabulary:
             row[:len(words)] = torch.tensor([self.numbers[word] for word in words])
         return rows
 
-# %% ../../nbs/generation/05_transformer.ipynb #a6946126
+# %% ../../nbs/generation/05_transformer.ipynb #7da5ea64
 class WordNetwork(TokenTrunk):
     "A network that is told what to draw: the words of a class's name come before the codes."
 
@@ -317,7 +317,7 @@ class WordNetwork(TokenTrunk):
             words = words.masked_fill(lost, 0)
         return words
 
-# %% ../../nbs/generation/05_transformer.ipynb #161d9eb0
+# %% ../../nbs/generation/05_transformer.ipynb #bf7b4c54
 def prompt(
     model: WordNetwork,
     count: int | None = None,  # of pictures; None: one a label or prompt, or a class
@@ -343,7 +343,7 @@ def prompt(
     count = len(words) if count is None else count
     return words[torch.arange(count) % max(1, len(words))]
 
-# %% ../../nbs/generation/05_transformer.ipynb #ec9bb7ce
+# %% ../../nbs/generation/05_transformer.ipynb #7c1c5c36
 def probabilities(
     logits: Tensor,  # (..., K)
     *,
@@ -380,7 +380,7 @@ def choose_codes(
     edges = p.cumsum(-1)
     return (edges <= chance.clamp(max=1 - 1e-6)[..., None] * edges[..., -1:]).sum(-1)
 
-# %% ../../nbs/generation/05_transformer.ipynb #9463ae38
+# %% ../../nbs/generation/05_transformer.ipynb #4c8dc0c1
 def guided(
     logits: Tensor,  # (2B, ..., K): with the condition, then without; or (B, ..., K)
     guidance: float,  # 1: as trained; above: overdone; 0: without condition
@@ -415,7 +415,7 @@ def write_codes(
         fresh = slice(i if cached else 0, i + 1)
     return codes
 
-# %% ../../nbs/generation/05_transformer.ipynb #d43adb19
+# %% ../../nbs/generation/05_transformer.ipynb #42b7962a
 @torch.no_grad()
 def sample_codes(
     model: WordNetwork,
@@ -440,7 +440,7 @@ def sample_codes(
                  for batch in zip(*parts, strict=True)]
     return torch.cat(drawn).view(-1, *model.grid)
 
-# %% ../../nbs/generation/05_transformer.ipynb #62368cb8
+# %% ../../nbs/generation/05_transformer.ipynb #3242d43b
 class Painter(WordNetwork):
     "A `WordNetwork` with a tokenizer beside it, whose weights are neither trained nor kept."
 
@@ -477,7 +477,7 @@ class Painter(WordNetwork):
             reference = tokenizer_reference(reference)
         return {"codes": self.codes, "grid": list(self.grid), "tokenizer": reference}
 
-# %% ../../nbs/generation/05_transformer.ipynb #9c86b8ad
+# %% ../../nbs/generation/05_transformer.ipynb #bf2c29cd
 class TokenNetwork(Painter):
     "What both generators share: a `Painter` that samples; a subclass says how codes are drawn."
 
@@ -510,7 +510,7 @@ class TokenNetwork(Painter):
                                   top_k=top_k, top_p=top_p, guidance=guidance)
         return self.pictures(codes, batch_size=batch_size)
 
-# %% ../../nbs/generation/05_transformer.ipynb #cd09a1b1
+# %% ../../nbs/generation/05_transformer.ipynb #00c969ab
 class TokenTransformer(TokenNetwork):
     "Writes a picture code by code, each with a look at the words and at all codes before it."
 
@@ -542,7 +542,7 @@ class TokenTransformer(TokenNetwork):
         logits = self(codes[:, :-1], words).float()
         return F.cross_entropy(logits.transpose(1, 2), codes, reduction="none").sum(1)
 
-# %% ../../nbs/generation/05_transformer.ipynb #ba687411
+# %% ../../nbs/generation/05_transformer.ipynb #2a1b7b6d
 def check_codes(model: TokenNetwork, codes: Tensor) -> Tensor:
     "The codes as rows (B, N); `ValueError` unless they are (B, h, w) int64 for the model's grid."
     if codes.dtype != torch.long or codes.shape[1:] != model.grid:
@@ -565,7 +565,7 @@ def transformer_loss(
     logits = model(read, model.condition(labels)).float()
     return F.cross_entropy(logits.transpose(1, 2), codes)
 
-# %% ../../nbs/generation/05_transformer.ipynb #7126bb81
+# %% ../../nbs/generation/05_transformer.ipynb #1e37b4fe
 @torch.no_grad()
 def encode_pictures(
     tokenizer,  # a `VQVAE`, or what has its encode
@@ -594,7 +594,7 @@ def encode_pictures(
             parts.append(tokenizer.encode(to_float(batch.to(device))).cpu())
     return torch.cat(parts)
 
-# %% ../../nbs/generation/05_transformer.ipynb #cbab080a
+# %% ../../nbs/generation/05_transformer.ipynb #25279077
 class KeepAverage(EMA):
     "`EMA` whose averages take the place of the weights when the run is over."
 
@@ -629,7 +629,7 @@ def bits_per_code(
                     for c, w in zip(codes.split(batch_size), words.split(batch_size), strict=True))
     return total / codes.numel() / math.log(2)
 
-# %% ../../nbs/generation/05_transformer.ipynb #4258db81
+# %% ../../nbs/generation/05_transformer.ipynb #405bc6f4
 def likelihood(
     model: TokenNetwork,
     data,  # an `ImageSet`; its classes' names may be new ones
@@ -654,7 +654,7 @@ def likelihood(
         bits["bits_per_dimension"] = bits["bits_per_code"] * model.tokens / data.images[0].numel()
     return bits
 
-# %% ../../nbs/generation/05_transformer.ipynb #975573bf
+# %% ../../nbs/generation/05_transformer.ipynb #81390a10
 def make_network(
     kind: type,  # `TokenTransformer` or `MaskedTransformer`
     config: "TokenOptions",
@@ -682,7 +682,7 @@ def leave_network(model: TokenNetwork, folder, data, test) -> dict:  # for `resu
     return {"classes": len(model.classes),
             "likelihood": {name: likelihood(model, part) for name, part in parts.items()}}
 
-# %% ../../nbs/generation/05_transformer.ipynb #6b56ce56
+# %% ../../nbs/generation/05_transformer.ipynb #e46fb6e5
 class TokenRecipe:
     "What follows from the fields of a configuration: how it becomes a run of `train`."
 
@@ -697,7 +697,7 @@ class TokenRecipe:
         "A fresh network of the shape that a file tells of; its tokenizer is looked for when used."
         model = self.model(self, codes=about["codes"], grid=about["grid"],
                            classes=about["classes"], tokenizer=about["tokenizer"])
-        model._channels = about["channels"]
+        model._channels, model.near = about["channels"], about.get("near")
         return model
 
     def build(self, network: TokenNetwork) -> TokenNetwork:
@@ -723,7 +723,7 @@ class TokenRecipe:
         "`leave_network` in the run's folder."
         return leave_network(model, options.out, data, test)
 
-# %% ../../nbs/generation/05_transformer.ipynb #a1176410
+# %% ../../nbs/generation/05_transformer.ipynb #836f37ca
 @dataclass(frozen=True, kw_only=True)
 class TokenOptions(TokenRecipe):
     "The flags of a Transformer on codes, and of its training."
@@ -751,7 +751,7 @@ class TokenOptions(TokenRecipe):
     mirror: bool = False  # and mirrored at random
     average: float = 0.999  # decay of the weights' moving average; 0: none
 
-# %% ../../nbs/generation/05_transformer.ipynb #63a21859
+# %% ../../nbs/generation/05_transformer.ipynb #0b12273f
 class TokenConfig(TokenOptions):
     "`TokenOptions` that refuse, with a `ValueError`, what cannot be built."
 
@@ -782,7 +782,7 @@ class TransformerConfig(TokenConfig):
 
     model: ClassVar[type] = TokenTransformer
 
-# %% ../../nbs/generation/05_transformer.ipynb #c8f13d12
+# %% ../../nbs/generation/05_transformer.ipynb #006afe4c
 def from_gpt2(
     gpt2: nn.Module,  # a transformers.GPT2LMHeadModel
 ) -> TokenTransformer:  # in evaluation mode
@@ -808,7 +808,7 @@ def from_gpt2(
     model.load_state_dict(own)
     return model.eval()
 
-# %% ../../nbs/generation/05_transformer.ipynb #665be3e0
+# %% ../../nbs/generation/05_transformer.ipynb #c1919aaa
 def fill_codes(
     model: "MaskedTransformer",
     words: Tensor,  # (B, L)
@@ -838,7 +838,7 @@ def fill_codes(
         codes = torch.where(masked & (rank >= left), guess, codes)
     return codes
 
-# %% ../../nbs/generation/05_transformer.ipynb #ec5a10de
+# %% ../../nbs/generation/05_transformer.ipynb #b05e8836
 def maskgit_loss(
     model: "MaskedTransformer",
     codes: Tensor,  # (B, h, w) int64
@@ -878,7 +878,7 @@ def any_order_cost(
         total = total + (cost * masked).sum(1) / masked.sum(1)
     return total * N / draws
 
-# %% ../../nbs/generation/05_transformer.ipynb #d0f7ce0c
+# %% ../../nbs/generation/05_transformer.ipynb #cdde183f
 class MaskedTransformer(TokenNetwork):
     "Fills in codes that are masked, many at a time (MaskGIT, Chang et al., 2022)."
 
@@ -916,7 +916,7 @@ class MaskGITConfig(TokenConfig):
 
     model: ClassVar[type] = MaskedTransformer
 
-# %% ../../nbs/generation/05_transformer.ipynb #62c01023
+# %% ../../nbs/generation/05_transformer.ipynb #0f041e24
 @torch.no_grad()
 def complete(
     model: TokenNetwork,
