@@ -65,7 +65,7 @@ def pictures(count: int = 8, size: int = 16) -> ImageSet:
 
 # -- the way into the noise
 
-@pytest.mark.parametrize("schedule", [d.linear_schedule(50, last=0.2), d.cosine_schedule(50)])
+@pytest.mark.parametrize("schedule", [d.linear_noise(50, last=0.2), d.cosine_noise(50)])
 def test_closed_form_equals_the_chain(schedule):
     signal, variance = 1.0, 0.0
     for t, beta in enumerate(schedule.betas.tolist()):
@@ -78,15 +78,15 @@ def test_closed_form_equals_the_chain(schedule):
     torch.testing.assert_close(d.diffuse(x, noise, t, schedule), want.float())
 
 
-def test_cosine_schedule_is_the_papers():
+def test_cosine_noise_is_the_papers():
     f = lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-    kept = d.cosine_schedule(100).kept
+    kept = d.cosine_noise(100).kept
     assert all(abs(kept[i] - f((i + 1) / 100) / f(0)) < 1e-9 for i in (0, 49, 97))
 
 
 def test_posterior_is_bayes_rule():
     "In one dimension, on a grid."
-    schedule, t, x0, xt = d.linear_schedule(10, last=0.5), 6, 0.7, -0.2
+    schedule, t, x0, xt = d.linear_noise(10, last=0.5), 6, 0.7, -0.2
     grid = torch.linspace(-6, 6, 20001, dtype=torch.float64)
     beta, before = schedule.betas[t], schedule.kept[t - 1]
     logs = -(xt - (1 - beta).sqrt() * grid) ** 2 / (2 * beta) \
@@ -98,7 +98,7 @@ def test_posterior_is_bayes_rule():
 
 
 def test_weights_of_the_bound_are_divergences():
-    schedule = d.linear_schedule(100)
+    schedule = d.linear_noise(100)
     x0, eps, guess = torch.randn(3, 16, 5, generator=generator(), dtype=torch.float64)
     for t in (1, 50, 99):
         noisy = d.diffuse(x0, eps, torch.full((16,), t), schedule)
@@ -110,7 +110,7 @@ def test_weights_of_the_bound_are_divergences():
 
 
 def test_ddpm_loss_of_a_network_that_knows():
-    schedule, data = d.linear_schedule(10, last=0.5), torch.zeros(64, 3)
+    schedule, data = d.linear_noise(10, last=0.5), torch.zeros(64, 3)
 
     def knows(noisy, t):
         rows = (t * 10).round().long() - 1
@@ -133,7 +133,7 @@ def test_score_is_the_slope_of_the_density(mixture, start):
 
 
 def test_one_field_serves_both_paths(mixture, start):
-    schedule = d.linear_schedule()
+    schedule = d.linear_noise()
     predict = d.noise_from_velocity(mixture.velocity, schedule)
     for row in (0, 400, 999):
         t = torch.full((4000,), (row + 1) / 1000, dtype=torch.float64)
@@ -143,7 +143,7 @@ def test_one_field_serves_both_paths(mixture, start):
 
 @pytest.mark.parametrize("name", ["ancestral", "ddim", "euler", "heun"])
 def test_samplers_are_exact_on_the_mixture(mixture, start, name):
-    schedule = d.linear_schedule()
+    schedule = d.linear_noise()
     predict = d.noise_from_velocity(mixture.velocity, schedule)
     if name in d.SOLVERS:
         x = d.ode_solve(mixture.velocity, start, steps=200 if name == "euler" else 60, method=name)
@@ -168,7 +168,7 @@ def test_orders_of_the_solvers(mixture, start):
 
 
 def test_ancestral_step_is_the_posterior(mixture):
-    schedule, x = d.linear_schedule(2, first=0.3, last=0.6), torch.ones(5, 2).double()
+    schedule, x = d.linear_noise(2, first=0.3, last=0.6), torch.ones(5, 2).double()
     predict = d.noise_from_velocity(mixture.velocity, schedule)
     got = d.ddpm_sample(predict, x, schedule, generator=generator())
     guess = predict(x, torch.ones(5).double())
@@ -288,7 +288,7 @@ def test_size_that_does_not_divide():
     lambda s: d.Schedule(torch.tensor([0.1, 1.2]))])
 def test_schedules_refuse(call):
     with pytest.raises(ValueError, match="must be"):
-        call(d.linear_schedule(10))
+        call(d.linear_noise(10))
 
 
 def test_loss(flow):

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['turns', 'turn', 'places_of', 'KeyValueCache', 'TokenAttention', 'TokenBlock', 'initialize', 'TokenStack',
            'TokenTrunk', 'words_of', 'unknown_word', 'Vocabulary', 'WordNetwork', 'prompt', 'probabilities',
-           'choose_codes', 'guided', 'write_codes', 'sample_codes', 'Painter', 'TokenNetwork', 'TokenTransformer',
-           'check_codes', 'transformer_loss', 'encode_pictures', 'KeepAverage', 'bits_per_code', 'likelihood',
-           'make_network', 'leave_network', 'TokenRecipe', 'TokenOptions', 'TokenConfig', 'TransformerConfig',
-           'from_gpt2', 'fill_codes', 'maskgit_loss', 'any_order_cost', 'MaskedTransformer', 'MaskGITConfig',
-           'complete']
+           'choose_codes', 'guided_logits', 'write_codes', 'sample_codes', 'Painter', 'TokenNetwork',
+           'TokenTransformer', 'check_codes', 'transformer_loss', 'encode_pictures', 'KeepAverage', 'bits_per_code',
+           'likelihood', 'make_network', 'leave_network', 'TokenRecipe', 'TokenOptions', 'TokenConfig',
+           'TransformerConfig', 'from_gpt2', 'fill_codes', 'maskgit_loss', 'any_order_cost', 'MaskedTransformer',
+           'MaskGITConfig', 'complete']
 
 # %% ../../nbs/generation/05_transformer.ipynb #e3eddffa
 import difflib
@@ -380,8 +380,8 @@ def choose_codes(
     edges = p.cumsum(-1)
     return (edges <= chance.clamp(max=1 - 1e-6)[..., None] * edges[..., -1:]).sum(-1)
 
-# %% ../../nbs/generation/05_transformer.ipynb #4c8dc0c1
-def guided(
+# %% ../../nbs/generation/05_transformer.ipynb #b9d934db
+def guided_logits(
     logits: Tensor,  # (2B, ..., K): with the condition, then without; or (B, ..., K)
     guidance: float,  # 1: as trained; above: overdone; 0: without condition
 ) -> Tensor:  # (B, ..., K)
@@ -408,7 +408,7 @@ def write_codes(
     codes, fresh = words.new_zeros(len(chance), model.tokens), slice(0, 0)
     for i in range(model.tokens):
         given = codes[:, fresh] if guidance == 1 else codes[:, fresh].repeat(2, 1)
-        logits = guided(model(given, words, cache)[:, -1], guidance)
+        logits = guided_logits(model(given, words, cache)[:, -1], guidance)
         codes[:, i] = choose_codes(probabilities(logits, **options), chance[:, i])
         if known is not None:
             codes[:, i] = torch.where(known[:, i] < 0, codes[:, i], known[:, i])
@@ -808,7 +808,7 @@ def from_gpt2(
     model.load_state_dict(own)
     return model.eval()
 
-# %% ../../nbs/generation/05_transformer.ipynb #c1919aaa
+# %% ../../nbs/generation/05_transformer.ipynb #40cdb56b
 def fill_codes(
     model: "MaskedTransformer",
     words: Tensor,  # (B, L)
@@ -828,7 +828,7 @@ def fill_codes(
     for step in range(steps):
         masked = codes == model.codes
         given = codes if guidance == 1 else codes.repeat(2, 1)
-        p = probabilities(guided(model(given, words), guidance), **options)
+        p = probabilities(guided_logits(model(given, words), guidance), **options)
         guess = choose_codes(p, chance[:, step, 0])
         sure = p.gather(-1, guess[..., None])[..., 0].log()
         gumbel = -(-chance[:, step, 1].clamp(1e-9).log()).clamp(1e-9).log()
