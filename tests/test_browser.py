@@ -287,7 +287,7 @@ SHOWN = """() => [...document.querySelectorAll('main li > strong[id^="term-"]')]
 
 
 def test_glossary_shows_only_what_is_typed(visitor):
-    """In either language, with or without tones; what it left is said and can be reached by keys."""
+    """In either language, with or without tones; what is left is said, and reached by keys."""
     tab, terms = visitor.open("appendix/glossary.html"), glossary.load_glossary()
     field, said = tab.get_by_label("Only terms with"), tab.locator(".filter [role=status]")
     assert set(tab.evaluate(SHOWN)) == {term.id for term in terms}

@@ -319,8 +319,10 @@ def test_a_kernel_of_four_is_the_dcgan_layer():
     (dict(size=48), "power of two"), (dict(size=8), "power of two"), (dict(norm="layer"), "norm"),
     (dict(objective="mse"), "objective"), (dict(upsample="pixel"), "upsample"),
     (dict(critic_norm="no"), "critic_norm"), (dict(weight_decay=0.1), "weight_decay"),
-    (dict(width=0), "width must be at least 1; got 0"), (dict(kernel=1), "kernel must be at least 2"),
-    (dict(lr=0.0), "lr must be above 0; got 0.0"), (dict(lr=math.nan), "lr must be above 0; got nan"),
+    (dict(width=0), "width must be at least 1; got 0"),
+    (dict(kernel=1), "kernel must be at least 2"),
+    (dict(lr=0.0), "lr must be above 0; got 0.0"),
+    (dict(lr=math.nan), "lr must be above 0; got nan"),
     (dict(average=1.5), r"average must be in \[0, 1\]; got 1.5"), (dict(class_dim=0), "class_dim"),
     (dict(r1=-1.0), "r1 must be at least 0"), (dict(r1_every=0), "r1_every must be at least 1"),
     (dict(gradient_penalty=math.inf), "gradient_penalty"), (dict(batch_size=0), "batch_size")])

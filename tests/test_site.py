@@ -302,7 +302,7 @@ def test_references_are_listed_once_and_by_name(tmp_path):
 
 # ------------------------------------------------------------------- what Quarto is given to render
 
-# Of the options that Quarto 1.8 knows (https://quarto.org/docs/reference/), those that are used here.
+# Of the options that Quarto 1.8 knows (https://quarto.org/docs/reference/), those used here.
 # Anything else is a slip, which Quarto refuses or silently ignores: look it up, then add it.
 OPTIONS = {
     "": "project bibliography link-citations execute website format",
@@ -315,7 +315,8 @@ OPTIONS = {
     "website.sidebar": "id style collapse-level contents",
     "website.sidebar.contents": "section contents",
     "format": "html",
-    "format.html": "lang theme html-math-method toc toc-depth code-copy code-overflow anchor-sections "
+    "format.html": "lang theme html-math-method toc toc-depth code-copy"
+    " code-overflow anchor-sections "
     "smooth-scroll callout-appearance fig-align",
 }
 CELL_OPTIONS = set("code-fold code-summary echo output fig-alt fig-cap label layout-ncol".split())

@@ -471,7 +471,10 @@ BYTES = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
      "labels None or in 0..2"),
     (lambda: principal_directions(TINY.make_generator(3), count=4), "count must be at least 5"),
     (lambda: principal_directions(TINY.make_generator(3, 3), labels=torch.tensor([3])), "in 0..2"),
-    (lambda: principal_directions(TINY.make_generator(3, 3), labels=torch.tensor([]).long()), "0..2"),
+    (
+        lambda: principal_directions(TINY.make_generator(3, 3), labels=torch.tensor([]).long()),
+        "0..2",
+    ),
     (lambda: mix_styles(torch.rand(2, 4, 5), torch.rand(2, 3, 5), 1), "one shape"),
     (lambda: mix_styles(torch.rand(2, 4, 5), torch.rand(2, 4, 5), 5), "crossover .* and 5"),
     (lambda: upfirdn2d(torch.rand(3, 8, 8)), r"x must be \(B, C, H, W\)"),

@@ -365,7 +365,8 @@ def test_likelihood_counts_names_with_unknown_words_apart():
 
 @pytest.mark.parametrize(("options", "message"), [
     (dict(dim=30), "multiple of 1"), (dict(dim=20, positions="rotary", num_heads=2), "of 4"),
-    (dict(positions="sine"), "positions must be one of"), (dict(gelu="relu"), "gelu must be one of"),
+    (dict(positions="sine"), "positions must be one of"),
+    (dict(gelu="relu"), "gelu must be one of"),
     (dict(dropout=1.0), "dropout must be in"), (dict(versions=0), "versions and depth")])
 def test_configurations_refuse(options, message):
     """What cannot be built is refused by name and value."""

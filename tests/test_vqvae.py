@@ -1,4 +1,4 @@
-"""The quantisers against vector_quantize_pytorch, the networks, their losses, and what a run leaves.
+"""The quantisers against vector_quantize_pytorch, the networks, losses, and what a run leaves.
 
 As a script (`accelerate launch tests/test_vqvae.py FOLDER`) it trains on two processes.
 """
