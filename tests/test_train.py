@@ -19,7 +19,8 @@ from vlm_course.generation.gan import load_generator
 
 VITS = {"mae"}  # methods whose own default is a Vision Transformer
 GENERATORS = [name for name in ("dcgan", "stylegan") if name in cli.METHODS]
-SELF_MADE = {"finetune", *GENERATORS}  # methods with a network of their own
+CODES = ["vqvae", "transformer", "maskgit", "flow"]  # of pictures, and what learns them
+SELF_MADE = {"finetune", *GENERATORS, *CODES}  # methods with a network of their own
 BACKBONES = [name for name in cli.METHODS if name not in SELF_MADE]
 FROM_NOTHING = [*BACKBONES, *GENERATORS]  # finetune: test_predict.py
 QUICK = ["--data", "photos", "--batch_size", "16", "--save_every", "2", "--warmup", "0"]
@@ -52,6 +53,17 @@ def test_a_generator_trains_on_the_pictures_and_classes_asked_for(name, tmp_path
     assert load_generator(tmp_path).classes == ["animals", "fish"]
     with Image.open(tmp_path / "samples.png") as sheet:
         assert min(sheet.size) > 32
+
+
+def test_codes_are_learned_and_then_drawn(tmp_path):
+    small = ["--size", "32", "--steps", "2"]
+    plain = ["--width", "16", "--codes", "16", "--perceptual", "0", "--adversarial", "0"]
+    cli.main(["vqvae", *QUICK, *small, *plain, "--out", str(tmp_path / "vqvae")])
+    for name in CODES[1:]:
+        known = ["--tokenizer", str(tmp_path / "vqvae"), "--out", str(tmp_path / name)]
+        results = cli.main([name, *QUICK, *small, *known])
+        assert torch.tensor(results["losses"]).isfinite().all()
+        assert load_generator(tmp_path / name).sample(2).shape == (2, 3, 32, 32)
 
 
 def test_pictures_are_chosen_by_any_entry_and_all_its_conditions():
