@@ -140,14 +140,20 @@ class Visitor:
 
 
 @pytest.fixture(scope="module")
-def visitor(built):
+def playwright():
+    """Playwright, started once: a process may have only one."""
+    with sync_playwright() as tools:
+        yield tools
+
+
+@pytest.fixture(scope="module")
+def visitor(built, playwright):
     """A browser, started once."""
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--blink-settings=imagesEnabled=false"]  # none is looked at
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=arguments)
-        context = browser.new_context(bypass_csp=True, reduced_motion="reduce")
-        yield Visitor(context, built)
-        browser.close()
+    arguments = ["--no-sandbox", "--blink-settings=imagesEnabled=false"]  # none is looked at
+    browser = playwright.chromium.launch(executable_path=BROWSER, args=arguments)
+    context = browser.new_context(bypass_csp=True, reduced_motion="reduce")
+    yield Visitor(context, built)
+    browser.close()
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -351,13 +357,10 @@ SCROLL = """async () => {
 
 
 @pytest.fixture(scope="module")
-def served(built):
+def served(built, playwright):
     """Opens a page as readers do: from a server, with pictures, nothing stored from before."""
     handler = functools.partial(Quiet, directory=str(built))
-    with (
-        sync_playwright() as playwright,
-        http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server,
-    ):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
 
